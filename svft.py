@@ -1,0 +1,932 @@
+# svft.py 0.1.0: SVFT (arXiv 2405.19597v1) in one file, to read beside the paper or to copy into a project.
+# SPDX-License-Identifier: Apache-2.0. Written from the paper; its spec is test_svft.py, its notes paper_notes.md.
+r"""SVFT: fine-tune a network by training a sparse matrix between the frozen singular vectors of its weights.
+
+    W0 = U Sigma V^T                                  the SVD of a pre-trained weight: computed once, frozen
+    h  = W0 x + U M V^T x  =  U (Sigma + M) V^T x     Eq. (1); M is zero outside a fixed set Omega
+    Delta W = U M V^T = sum over (i, j) in Omega of m_ij u_i v_j^T     Eq. (2); only the m_ij are trained
+
+Paper: Lingam et al., "SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors", NeurIPS 2024.
+
+    paper      here        shape                      what it is
+    d1, d2     out_features, in_features              W0 maps R^d2 to R^d1; n = min(d1, d2)
+    W0         weight      (d1, d2)          frozen   the pre-trained weight; stored as the base layer stores it,
+                                                      which in Hugging Face's Conv1D (GPT-2) is (d2, d1)
+    U          U           (d1, r1)          frozen   left singular vectors u_i, one per column
+    Sigma      S           (min(r1, r2),)    frozen   singular values, largest first
+    V^T        Vh          (r2, d2)          frozen   right singular vectors v_j, one per row
+    Omega      omega       (2, k) int64      fixed    positions (i, j) of the trained entries, sorted
+    m_ij       m           (k,)              trained  M's entries on Omega, zero at the start
+    M          M()         (r1, r2)                   the same as a dense matrix
+    d          d                                      half-width of the band |i - j| <= d
+               x, T, z                                input (T, d2); its number of tokens; z = V^T x, (r2, T)
+
+r1 = r2 = n for the thin SVD, the default; min(r, n) with rank=r; r1 = d1 and r2 = d2 for the full SVD.
+
+The product U M V^T x can be taken in two orders over one primitive, "sparse M times a dense matrix":
+
+    dense    x (W0 + U (M V^T))^T     builds a d1 x d2 update per forward, then costs what a linear layer costs
+    gather   W0 x + U (M (V^T x))     builds no d1 x d2 matrix; Eq. (1), left
+    fused    U ((Sigma + M) (V^T x))  the same with Sigma folded in, so that W0 is not read; Eq. (1), right
+
+Use:
+
+    model = svft.inject(model, ["c_attn", "c_proj"], "banded", d=2, cache_dir="svd")  # trains the m's alone
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    ...                                                              # train as usual
+    svft.save_adapter(model, "adapter.pt")                           # omega and m
+    svft.load_adapter(fresh_model, "adapter.pt", cache_dir="svd")    # refuses a base that does not fit
+    svft.merge(model)                                                # plain layers again
+
+What it does not do: quantised weights, convolutions, embeddings, several adapters on one layer, injection into
+weights that are sharded already. A tag such as D3 names a row of the deviations table in paper_notes.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import re
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__version__ = "0.1.0"
+__all__ = [
+    *("SVD", "compute_svd", "omega_plain", "omega_banded", "omega_random", "omega_top_k", "rank_bound", "term_rank"),
+    *("SVFTLinear", "inject", "merge", "disabled", "summary", "save_adapter", "load_adapter"),
+]
+
+log = logging.getLogger(__name__)
+FORMAT = "svft 1"  # of the cache and adapter files
+HALF = (torch.float16, torch.bfloat16)
+StrPath = str | os.PathLike
+
+
+# ---------------------------------------------------------------- Section 3.1: the SVD, W0 = U Sigma V^T
+
+
+class SVD(NamedTuple):
+    """W0 = U diag(S) Vh: U (d1, r1); S (min(r1, r2),), largest first; Vh (r2, d2)."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+def compute_svd(
+    weight: Tensor,
+    *,
+    rank: int | None = None,
+    full_matrices: bool = False,
+    dtype: torch.dtype = torch.float64,
+    cache_dir: StrPath | None = None,
+) -> SVD:
+    """The singular value decomposition of a weight, with canonical signs (D2).
+
+    weight: (d1, d2), float16, bfloat16, float32 or float64. rank: the top r only; a layer then cuts its update,
+    never W0 (D8). full_matrices: U (d1, d1) and Vh (d2, d2), as lemma (b) needs them (D1). dtype: what LAPACK
+    runs in; float64 lets two machines agree. cache_dir: a folder that keeps one file per weight and options.
+    Returns float32 factors (float64 for a float64 weight) on the weight's device. Runs on the CPU unless the
+    weight is on CUDA. Raises TypeError or ValueError for an argument it cannot serve.
+
+    >>> [tuple(t.shape) for t in compute_svd(torch.randn(6, 4), rank=3)]
+    [(6, 3), (3,), (3, 4)]
+    """
+    _check_weight(weight)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: got {dtype}, want torch.float32 or torch.float64")
+    if rank is not None and full_matrices:
+        raise ValueError(f"rank: got {rank} with full_matrices=True, want one or the other")
+    (d1, d2), n, weight = weight.shape, min(weight.shape), weight.detach()
+    r = n if rank is None else min(_check_int("rank", rank, 1), n)
+    r1, r2 = (d1, d2) if full_matrices else (r, r)
+    file = None
+    if cache_dir is not None:
+        file = Path(cache_dir) / f"{_sha256(FORMAT, weight, r1, r2, dtype)}.pt"
+        if (svd := _read_svd(file, weight, r1, r2)) is not None:
+            return svd
+    start = time.perf_counter()
+    W = (weight if weight.is_cuda else weight.cpu()).to(dtype)  # (d1, d2)
+    U, S, Vh = torch.linalg.svd(W if d1 >= d2 else W.T, full_matrices=full_matrices)  # LAPACK prefers it tall
+    if d1 < d2:
+        U, Vh = Vh.T, U.T
+    out = torch.promote_types(weight.dtype, torch.float32)
+    U, S, Vh = (t.to(weight.device, out).contiguous() for t in (U[:, :r1], S[: min(r1, r2)], Vh[:r2]))
+    svd = _canonical(SVD(U, S, Vh))
+    log.info("SVD of a %d x %d weight computed in %.2f s", d1, d2, time.perf_counter() - start)
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write(file, {name: t.cpu() for name, t in svd._asdict().items()})
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"cache_dir: cannot write {file} ({error}); going on without", stacklevel=2)
+    return svd
+
+
+def _canonical(svd: SVD) -> SVD:
+    """(-u_i, -v_i) serve as well as (u_i, v_i): make each u_i's largest-magnitude entry positive (D2).
+
+    The full SVD's extra rows of Vh have no u_i beside them and go by their own largest entry.
+    """
+
+    def sign(A: Tensor) -> Tensor:  # (r, d) -> (r, 1), of each row's largest-magnitude entry
+        return torch.where(A.gather(1, A.abs().argmax(1, keepdim=True)) < 0, -1, 1)
+
+    U, S, Vh = svd
+    u = sign(U.T)  # (r1, 1)
+    return SVD(U * u.T, S, Vh * torch.cat([u[: len(S)], sign(Vh[len(S) :])]))
+
+
+def _read_svd(file: Path, weight: Tensor, r1: int, r2: int) -> SVD | None:
+    """A cached SVD, or None: a missing, short, corrupt or foreign file is a miss, and will be replaced."""
+    if not file.is_file():
+        return None
+    try:
+        content = torch.load(file, map_location=weight.device, weights_only=True)  # executes nothing
+        svd = SVD(*(content[name] for name in SVD._fields))
+        _check_svd(svd, weight)
+        if (svd.U.shape[1], svd.Vh.shape[0]) != (r1, r2) or not torch.equal(svd.U, _canonical(svd).U):
+            raise ValueError("other signs or sizes")
+        return svd
+    except Exception as error:  # whatever torch.load or a foreign content may raise
+        log.warning("cache_dir: %s is no SVD of this weight (%s); computing it again", file, error)
+        return None
+
+
+def _check_svd(svd: SVD, W0: Tensor) -> None:
+    """Refuse factors that are not an SVD of W0 (d1, d2): orthonormal, W0 V = U Sigma and W0^T U = V Sigma.
+
+    Both sides are compared on 4 random vectors (Freivalds' check): O(d1 d2) where products cost O(n d1 d2).
+    """
+    if not (isinstance(svd, tuple) and len(svd) == 3 and all(isinstance(t, Tensor) for t in svd)):
+        raise TypeError(f"svd: got {type(svd).__name__}, want an SVD(U, S, Vh) of tensors")
+    shapes, limit = [tuple(t.shape) for t in svd], 1e-2 if svd[0].dtype in HALF else 2e-5
+    dtype = torch.promote_types(W0.dtype, torch.float32)
+    (U, S, Vh), W0 = (t.detach().to(W0.device, dtype) for t in svd), W0.detach().to(dtype)
+    r1, r2, n = U.shape[-1], Vh.shape[0], min(U.shape[-1], Vh.shape[0])
+    if shapes != [(W0.shape[0], r1), (n,), (r2, W0.shape[1])]:
+        raise ValueError(f"svd: got shapes {shapes}, want (d1, r1), (min(r1, r2),), (r2, d2) for {tuple(W0.shape)}")
+    rng = np.random.RandomState(0)
+    g, h = (torch.as_tensor(rng.standard_normal((r, 4))).to(U) for r in (r1, r2))  # (r1, 4), (r2, 4)
+    Ug, Vg = U @ g, Vh.T @ h  # (d1, 4), (d2, 4)
+    top = float(S.max())
+    errors = [
+        ("U^T U = I", U.T @ Ug - g, g.norm()),
+        ("V^T V = I", Vh @ Vg - h, h.norm()),
+        ("W0 V = U Sigma", W0 @ Vg - U[:, :n] @ (S[:, None] * h[:n]), top * h.norm()),
+        ("W0^T U = V Sigma", W0.T @ Ug - Vh[:n].T @ (S[:, None] * g[:n]), top * g.norm()),
+    ]
+    for law, difference, scale in errors:
+        if not bool(difference.norm() <= limit * scale):
+            error = float(difference.norm() / scale)
+            raise ValueError(f"svd: got factors with a relative error of {error:.1g} in {law}, want {limit:.0g}")
+
+
+# ---------------------------------------------------------------- Section 3.1: Omega, where M may be non-zero
+# Each returns an int64 tensor (2, k) on the CPU: row 0 the i, row 1 the j, sorted by (i, j), no pair twice.
+
+
+def omega_plain(r1: int, r2: int) -> Tensor:
+    """Plain, SVFT^P: the diagonal (i, i), which re-weights the singular values. k = min(r1, r2).
+
+    >>> omega_plain(2, 3).tolist()
+    [[0, 1], [0, 1]]
+    """
+    return omega_banded(r1, r2, 0)
+
+
+def omega_banded(r1: int, r2: int, d: int, above: int | None = None) -> Tensor:
+    """Banded, SVFT^B_d: all (i, j) with i - d <= j <= i + above (the paper's z1 and z2; above is d by default).
+
+    Plain is the band with d = 0 (D9). A band wider than M is cut by its edges. For r1 = r2 = n > d,
+    k = n (2d + 1) - d (d + 1), table 7.
+
+    >>> omega_banded(3, 3, 1, above=0).T.tolist()
+    [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
+    """
+    r1, r2, d = _check_int("r1", r1, 1), _check_int("r2", r2, 1), _check_int("d", d, 0)
+    above = d if above is None else _check_int("above", above, 0)
+    i = torch.arange(r1, device="cpu")[:, None]  # (r1, 1)
+    j = i + torch.arange(-min(d, r1 - 1), min(above, r2 - 1) + 1, device="cpu")  # (r1, width of the band)
+    inside = (j >= 0) & (j < r2)
+    return torch.stack([i.expand_as(j)[inside], j[inside]])
+
+
+def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
+    """Random, SVFT^R: k distinct positions, uniformly, without replacement (D3).
+
+    The stream of numpy's RandomState is frozen: one seed gives one Omega on every machine and version.
+
+    >>> omega_random(100, 100, 500).unique(dim=1).shape
+    torch.Size([2, 500])
+    """
+    r1, r2 = _check_int("r1", r1, 1), _check_int("r2", r2, 1)
+    k, seed = _check_int("k", k, 1, r1 * r2), _check_int("seed", seed, 0, 2**32 - 1)
+    flat = torch.from_numpy(np.random.RandomState(seed).choice(r1 * r2, k, replace=False)).sort().values
+    return torch.stack([flat // r2, flat % r2])
+
+
+def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
+    """Top-k, SVFT^T: the k positions with the strongest alignment |u_i . v_j| (D4); d1 = d2 only (D5).
+
+    U: (d1, r1). Vh: (r2, d2). Of equal alignments the first in (i, j) order is taken.
+
+    >>> omega_top_k(torch.eye(2), torch.tensor([[0.6, -0.8], [0.8, 0.6]]), 2).tolist()
+    [[0, 1], [1, 0]]
+    """
+    _check_matrix("U", U), _check_matrix("Vh", Vh)
+    if U.shape[0] != Vh.shape[1]:
+        raise ValueError(
+            f"top_k: got a {U.shape[0]} x {Vh.shape[1]} weight, want a square one: u_i . v_j is defined only for "
+            "d1 = d2; use 'banded' or 'random' for this layer"
+        )
+    alignment = (U.T @ Vh.T).abs().flatten()  # (r1 r2,)
+    k = _check_int("k", k, 1, alignment.numel())
+    flat = alignment.sort(descending=True, stable=True).indices[:k].sort().values.cpu()
+    return torch.stack([flat // Vh.shape[0], flat % Vh.shape[0]])
+
+
+def rank_bound(omega: Tensor, shape: Sequence[int]) -> int:
+    """Lemma (c): rank(Delta W) <= min(k, d1, d2), for a weight of shape (d1, d2).
+
+    >>> rank_bound(omega_banded(4, 4, 1), (4, 8))
+    4
+    """
+    if len(shape) != 2:
+        raise ValueError(f"shape: got {tuple(shape)}, want (d1, d2)")
+    d1, d2 = _check_int("d1", shape[0], 1), _check_int("d2", shape[1], 1)
+    return min(_check_omega(omega, d1, d2).shape[1], d1, d2)
+
+
+def term_rank(omega: Tensor) -> int:
+    """The largest number of positions of which no two share a row or a column: a bipartite matching (D10).
+
+    rank(M) <= term_rank(omega) <= rank_bound(omega, shape) for every M on Omega, and rank(M) = term_rank(omega)
+    for M in general position. Where ten entries share a row, lemma (c) says 10 and the term rank says 1.
+
+    >>> term_rank(torch.tensor([[0, 0, 0, 1], [0, 1, 2, 0]]))
+    2
+    """
+    columns: dict[int, list[int]] = {}  # of each row
+    for i, j in _check_omega(omega).T.tolist():
+        columns.setdefault(i, []).append(j)
+    row_of: dict[int, int] = {}  # the matching, from both sides
+    column_of: dict[int, int] = {}
+    for start in columns:  # search, breadth first, for a way from this row to a free column
+        came_from: dict[int, int] = {}  # column -> the row it was reached from
+        queue, free = [start], None
+        while queue and free is None:
+            i = queue.pop(0)
+            for j in columns[i]:
+                if j not in came_from:
+                    came_from[j] = i
+                    if j not in row_of:
+                        free = j
+                        break
+                    queue.append(row_of[j])
+        while free is not None:  # and back: each row on the way moves on to the column it led to
+            i = came_from[free]
+            previous = column_of.get(i)
+            column_of[i], row_of[free], free = free, i, previous
+    return len(row_of)
+
+
+# ---------------------------------------------------------------- Eq. (1): the layer
+
+
+class SVFTLinear(nn.Module):
+    """A frozen linear layer with a trained update: h = W0 x + U M V^T x + b, Eq. (1).
+
+    base: exactly an nn.Linear or a Hugging Face Conv1D. It is not changed; its weight's memory is shared.
+    pattern: "plain", "banded", "random", "top_k", an omega (2, k), or a function from the SVD to an omega.
+    d: half-width of the band; "random" and "top_k" take as many entries as that band has, the paper's R_d and
+    T_d, unless k says how many. seed: of "random". path: "dense", "gather", "fused", or "auto", which takes the
+    cheapest for the tokens at hand (D11). keep_weight: False frees W0, and the factors stand in for it.
+    svd: the weight's SVD, where it is known; without it, compute_svd(weight, **svd_options).
+
+    m starts at zero (D6) and passes no gate (D7). It is float32 (float64 for a float64 weight), as is S; U and
+    Vh have the weight's dtype (D12). At m = 0 dense and gather give base's output bit for bit, fused to float32
+    rounding. A later .to(dtype) converts m too: convert the model first, then inject.
+    Raises TypeError or ValueError for a base or an argument that it cannot serve.
+
+    >>> layer = SVFTLinear(nn.Linear(8, 6), "banded", d=1)
+    >>> layer.m.shape, layer(torch.randn(3, 8)).shape
+    (torch.Size([16]), torch.Size([3, 6]))
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        pattern: str | Tensor | Callable[[SVD], Tensor] = "banded",
+        d: int = 2,
+        *,
+        k: int | None = None,
+        seed: int = 0,
+        path: str = "auto",
+        keep_weight: bool = True,
+        svd: SVD | None = None,
+        **svd_options: Any,
+    ) -> None:
+        super().__init__()
+        W0 = _base_weight(base)  # (d1, d2)
+        if svd is None:
+            svd = compute_svd(W0, **svd_options)
+        elif svd_options:
+            raise ValueError(f"svd: got svd= together with {sorted(svd_options)}, want one or the other")
+        else:
+            _check_svd(svd, W0)
+        omega, self.pattern = _make_omega(pattern, svd, d, k, seed)
+
+        def frozen(t: Tensor, dtype: torch.dtype = W0.dtype) -> nn.Parameter:
+            return nn.Parameter(t.detach().to(W0.device, dtype), requires_grad=False)
+
+        accurate = torch.promote_types(W0.dtype, torch.float32)
+        self.out_features, self.in_features = W0.shape
+        self.weight = frozen(base.weight) if keep_weight else None
+        self.bias = None if base.bias is None else frozen(base.bias, base.bias.dtype)
+        self.U, self.Vh = frozen(svd[0]), frozen(svd[2])  # (d1, r1), (r2, d2)
+        self.S = frozen(svd[1], accurate)  # (min(r1, r2),)
+        self.m = nn.Parameter(torch.zeros(omega.shape[1], dtype=accurate, device=W0.device))  # (k,)
+        self.register_buffer("omega", omega.to(W0.device))  # (2, k)
+        rows = torch.arange(self.U.shape[1], device=omega.device)
+        starts = torch.searchsorted(omega[0].contiguous(), rows)  # (r1,): where each row of M begins in m
+        self.register_buffer("_row_starts", starts.to(W0.device), persistent=False)
+        self.path = path
+        self.svd_dtype = svd_options.get("dtype", torch.float64)  # for the adapter file
+        self._transposed = type(base) is not nn.Linear
+        self._base = type(base), {a: v for a, v in vars(base).items() if a[0] != "_" and a != "training"}
+        self._disabled = 0  # how many disabled() blocks hold
+        self._check_path()
+        self.train(base.training)
+
+    def _times(self, Z: Tensor, m: Tensor, *, sigma: bool = False) -> Tensor:
+        """M Z, or (Sigma + M) Z, of a dense Z (r2, c): (r1, c). Row i is the sum over j of m_ij Z_j.
+
+        embedding_bag computes these sums in one go: nothing of size k x c is made (D11). float32 at least (D12).
+        """
+        m = m.to(torch.promote_types(m.dtype, torch.float32))
+        Z = Z.to(m.dtype)
+        Y = F.embedding_bag(self.omega[1], Z, self._row_starts, mode="sum", per_sample_weights=m)  # (r1, c)
+        if sigma:
+            n = len(self.S)
+            Y[:n].addcmul_(self.S[:, None].to(m.dtype), Z[:n])
+        return Y
+
+    def _dense(self, x: Tensor, low: bool) -> Tensor:
+        """x (W0 + U (M V^T))^T + b; in low precision that sum would round the update away: two products (D14)."""
+        if low and self.weight is not None:
+            delta = self.U @ self._times(self.Vh, self.m).to(self.U.dtype)  # (d1, d2)
+            return self._base_product(x, self.weight) + F.linear(x, delta)
+        W = self.merged_weight()  # (d1, d2)
+        return self._base_product(x, W.T if self._transposed else W)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """W0 x + b + U (M (V^T x)): Eq. (1), left."""
+        z = self.Vh @ x.reshape(-1, self.in_features).T  # (r2, T)
+        y = self._times(z, self.m).to(z.dtype)  # (r1, T)
+        return self._base_product(x, self.weight) + (y.T @ self.U.T).view(*x.shape[:-1], self.out_features)
+
+    def _fused(self, x: Tensor, m: Tensor) -> Tensor:
+        """U ((Sigma + M) (V^T x)) + b: Eq. (1), right. In the factors' own dtype, also under autocast (D14)."""
+        out = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x, out = x.to(self.U.dtype), torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            z = self.Vh @ x.reshape(-1, self.in_features).T  # (r2, T)
+            y = self._times(z, m, sigma=True)  # (r1, T)
+            return F.linear(y.T, self.U, self.bias).view(*x.shape[:-1], self.out_features).to(out)
+
+    def _base_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T + b by the base layer's own call, so that m = 0 changes no bit; weight in the base's layout."""
+        if self._transposed:
+            h = torch.addmm(self.bias, x.reshape(-1, self.in_features), weight)
+            return h.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d2) -> h (..., d1), in the base layer's dtype, or autocast's."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {self.in_features})")
+        self._check_path()
+        if self._disabled:
+            if self.weight is not None:
+                return self._base_product(x, self.weight)
+            return self._fused(x, torch.zeros_like(self.m))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        low = (torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype) in HALF
+        path = self._cheapest(x.numel() // self.in_features, low) if self.path == "auto" else self.path
+        if path == "dense":
+            return self._dense(x, low)
+        return self._fused(x, self.m) if path == "fused" else self._gather(x)
+
+    def _cheapest(self, T: int, low: bool) -> str:
+        """The path with the fewest multiply-adds for T tokens, forward, and backward where gradients are on."""
+        d1, d2, r1, r2 = self.out_features, self.in_features, self.U.shape[1], self.Vh.shape[0]
+        passes = 2 if torch.is_grad_enabled() else 1
+        base, factors = passes * T * d1 * d2, passes * T * (r1 * d1 + r2 * d2)
+        dense = (2 * passes - 1) * T * d1 * d2 + passes * r1 * d1 * d2
+        if low and self.weight is not None:
+            dense += base
+        fused_serves = self.weight is None or (not low and len(self.S) == min(d1, d2))
+        other, cost = ("fused", factors) if fused_serves else ("gather", base + factors)
+        return other if cost <= dense else "dense"
+
+    def _check_path(self) -> None:
+        """Refuse a path that the layer as it is now cannot serve."""
+        if self.path not in ("auto", "dense", "gather", "fused"):
+            raise ValueError(f"path: got {self.path!r}, want 'auto', 'dense', 'gather' or 'fused'")
+        if self.path == "gather" and self.weight is None:
+            raise ValueError("path: got 'gather' with keep_weight=False, want 'auto', 'dense' or 'fused'")
+        if self.path == "fused" or self.weight is None:  # the factors stand in for W0
+            got = f"path {self.path!r}, keep_weight={self.weight is not None}"
+            if len(self.S) < min(self.out_features, self.in_features):
+                raise ValueError(f"rank: got a truncated SVD with {got}, want all of it: W0 would be cut (D8)")
+            if self.U.dtype in HALF:
+                raise ValueError(f"path: got {self.U.dtype} factors with {got}, want float32: W0 would be off (D14)")
+
+    def M(self) -> Tensor:
+        """M as a dense matrix (r1, r2), zero outside Omega; differentiable in m; float32 or float64."""
+        m = self.m.to(torch.promote_types(self.m.dtype, torch.float32))
+        shape = self.U.shape[1], self.Vh.shape[0]
+        return m.new_zeros(shape).index_put((self.omega[0], self.omega[1]), m)
+
+    def delta_weight(self) -> Tensor:
+        """Delta W = U M V^T, (d1, d2), Eq. (2); differentiable in m; float32 or float64."""
+        with torch.autocast(self.U.device.type, enabled=False):
+            Y = self._times(self.Vh, self.m)  # (r1, d2)
+            return self.U.to(Y.dtype) @ Y
+
+    def merged_weight(self) -> Tensor:
+        """W0 + Delta W, (d1, d2) whatever the base's layout; differentiable in m; float32 or float64."""
+        if self.weight is not None:
+            return self._W0() + self.delta_weight()
+        with torch.autocast(self.U.device.type, enabled=False):
+            return self.U @ self._times(self.Vh, self.m, sigma=True)
+
+    def _W0(self) -> Tensor:  # (d1, d2)
+        if self.weight is not None:
+            return self.weight.T if self._transposed else self.weight
+        n = len(self.S)
+        return (self.U[:, :n] * self.S) @ self.Vh[:n]
+
+    def check_rank(self) -> tuple[int, int, int]:
+        """(rank, term rank, bound): rank(Delta W) = rank(M) <= term_rank(omega) <= min(k, d1, d2), lemma (c).
+
+        The rank is numerical, in float64. Raises RuntimeError unless the three ascend.
+        """
+        rank = int(torch.linalg.matrix_rank(self.M().detach().cpu().double()))
+        found = rank, term_rank(self.omega), rank_bound(self.omega, (self.out_features, self.in_features))
+        if not found[0] <= found[1] <= found[2]:
+            raise RuntimeError(f"check_rank: got rank, term rank, bound = {found}, want them ascending")
+        return found
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """A new plain layer of the base's own type with the weight W0 + Delta W, frozen; this one stays as it is.
+
+        Computed in float32 (float64) and rounded once; warns where that rounding swallows over 10% of the update.
+        Raises ValueError where m or the merged weight has NaN or inf.
+        """
+        _check_unsharded(self)
+        W, delta = self.merged_weight().to(self.U.dtype), self.delta_weight()  # (d1, d2)
+        if not bool(torch.isfinite(self.m).all()) or not bool(torch.isfinite(W).all()):
+            raise ValueError("m: got NaN or inf in it or in the merged weight, want finite values")
+        lost = float((W.to(delta.dtype) - self._W0() - delta).norm() / delta.norm())  # NaN at m = 0
+        if lost > 0.1:
+            warnings.warn(f"merge: rounding to {W.dtype} loses {lost:.0%} of the update", stacklevel=2)
+        kind, attributes = self._base
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        vars(layer).update(attributes)
+        layer.weight = nn.Parameter((W.T if self._transposed else W).contiguous(), requires_grad=False)
+        layer.register_parameter("bias", None)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return layer.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        omega = state_dict.get(prefix + "omega")
+        if omega is not None and not torch.equal(omega.cpu(), self.omega.cpu()):
+            args[-1].append(f"{prefix}omega: got other positions than this layer's, so that m would not fit")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, pattern={self.pattern}, k={len(self.m)}, path={self.path}"
+
+
+def _make_omega(pattern: Any, svd: SVD, d: int, k: int | None, seed: int) -> tuple[Tensor, str]:
+    """The omega that pattern, d, k and seed stand for, and its name in tables."""
+    U, _, Vh = svd
+    r1, r2 = U.shape[1], Vh.shape[0]
+    name = pattern if isinstance(pattern, str) else "custom"
+    if k is not None and name not in ("random", "top_k"):
+        raise ValueError(f"k: got {k} with pattern {pattern!r}, want k only with 'random' and 'top_k'")
+    if name in ("plain", "banded"):
+        return (omega_plain(r1, r2), name) if name == "plain" else (omega_banded(r1, r2, d), f"banded d={d}")
+    if name in ("random", "top_k"):
+        k = omega_banded(r1, r2, d).shape[1] if k is None else k
+        return (omega_random(r1, r2, k, seed=seed) if name == "random" else omega_top_k(U, Vh, k)), name
+    if not isinstance(pattern, Tensor) and not callable(pattern):
+        names = "'plain', 'banded', 'random', 'top_k', an omega, or a function of the SVD"
+        raise ValueError(f"pattern: got {pattern!r}, want {names}")
+    return _check_omega(pattern if isinstance(pattern, Tensor) else pattern(svd), r1, r2).clone(), name
+
+
+# ---------------------------------------------------------------- A whole model
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    pattern: str | Tensor | Callable[[SVD], Tensor] = "banded",
+    d: int = 2,
+    **options: Any,
+) -> nn.Module:
+    """Replace the targets in model by SVFTLinear, freeze all else, and return model: in place.
+
+    target_modules: a list whose entries match a module's whole name or its end at a dot, or one regular
+    expression that matches whole names, as in PEFT (D13). options: SVFTLinear's. "random" draws another Omega
+    for each layer, from seed plus the CRC-32 of its name. The m's of an earlier inject stay trainable.
+    Raises TypeError, ValueError or RuntimeError, naming the layer; the model is then exactly as it was.
+
+    >>> model = inject(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), ["0", "2"], "plain")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.m', '2.m']
+    """
+    targets = _find_targets(model, target_modules)
+    seed = _check_int("seed", options.pop("seed", 0), 0, 2**32 - 1)
+    layers: dict[str, nn.Module] = {}
+    for name in _tracked(targets, options.get("cache_dir")):
+        with _naming(name):
+            own_seed = (seed + zlib.crc32(name.encode())) % 2**32
+            layers[name] = SVFTLinear(targets[name], pattern, d, seed=own_seed, **options)
+    return _freeze(_replace(model, layers))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every SVFTLinear in model by its merged plain layer, in place, and return model.
+
+    Merging twice equals merging once. On an error, which names the layer, the model is exactly as it was.
+
+    >>> merge(inject(nn.Sequential(nn.Linear(4, 4)), ["0"]))
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+    )
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, layer in _svft_layers(model).items():
+        with _naming(name):
+            layers[name] = layer.merge()
+    return layers[""] if "" in layers else _replace(model, layers)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside `with disabled(model):` every SVFTLinear computes W0 x; blocks may nest.
+
+    >>> model = inject(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    >>> with disabled(model):
+    ...     before = model(torch.ones(4))
+    """
+    layers = _svft_layers(model).values()
+    for layer in layers:
+        layer._disabled += 1
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer._disabled -= 1
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the SVFTLinear layers: name, d1 x d2, pattern, k, path, bytes held; then totals and % trained."""
+    rows, held = [("layer", "shape", "pattern", "k", "path", "bytes")], 0
+    for name, layer in _svft_layers(model).items():
+        size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+        shape = f"{layer.out_features} x {layer.in_features}"
+        rows.append((name, shape, layer.pattern, f"{len(layer.m):,}", layer.path, f"{size:,}"))
+        held += size
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    lines.append(f"{len(rows) - 1} layers, {held:,} bytes")
+    lines.append(f"trained: {trained:,} of {total:,} parameters, {100 * trained / max(total, 1):.3f}%")
+    return "\n".join(lines)
+
+
+def _svft_layers(model: nn.Module) -> dict[str, SVFTLinear]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+    return {name: module for name, module in model.named_modules() if isinstance(module, SVFTLinear)}
+
+
+def _replace(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """Put each layer in place of the module of its name, under every name that this module has."""
+    old = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in old:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, old[id(module)])
+    return model
+
+
+def _freeze(model: nn.Module) -> nn.Module:
+    trained = {id(layer.m) for layer in _svft_layers(model).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+    return model
+
+
+# ---------------------------------------------------------------- Saving and loading what was trained
+
+
+def save_adapter(model: nn.Module, path: StrPath, *, bases: bool = False) -> None:
+    """Write Omega, m and a fingerprint of Delta W, for every SVFTLinear of model, to one file, atomically (D15).
+
+    The file holds coordinates without their basis, which load_adapter computes again from W0. bases=True stores
+    the basis too, for weights whose SVD does not come out the same twice (repeated singular values); the full
+    SVD of a rectangular weight is always stored. Under FSDP2 call it on every rank.
+    Raises ValueError where there is no SVFTLinear in model, or an m is not finite.
+    """
+    entries = {}
+    for name, layer in _svft_layers(model).items():
+        U, S, Vh, m = (_whole(t) for t in (layer.U, layer.S, layer.Vh, layer.m))
+        if not bool(torch.isfinite(m).all()):
+            raise ValueError(f"layer {name!r}: m: got NaN or inf in it, want finite values")
+        full, n = U.shape[1] != Vh.shape[0], min(U.shape[0], Vh.shape[1])
+        entry = {"shape": (U.shape[0], Vh.shape[1]), "omega": layer.omega.cpu(), "m": m}
+        entry |= {"rank": len(S) if len(S) < n else None, "full_matrices": full, "svd_dtype": str(layer.svd_dtype)}
+        entry |= {"probes": _probes(layer.omega, m, U, Vh)} | ({"U": U, "S": S, "Vh": Vh} if bases or full else {})
+        entries[name] = entry
+    if not entries:
+        raise ValueError("model: got one without an SVFTLinear, want an injected model")
+    _write(Path(path), {"format": FORMAT, "layers": entries, "sha256": _sha256(entries)})
+
+
+def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None = None) -> nn.Module:
+    """Give model the update saved in path, in place, or refuse and leave the model exactly as it was.
+
+    A plain model is injected with what the file names, default options, SVDs through cache_dir. An injected one
+    must hold the same layers with the same Omegas. Either way the saved m must give the saved Delta W on the
+    bases found here: a^T Delta W b, for 16 fixed random pairs a and b, may differ by 1e-3, relatively. That
+    shows another base model, a flipped sign, a rotated subspace. It cannot show a change outside the adapted
+    weights, or of singular values alone. m = 0 fits every base.
+    Raises ValueError with the layer's name and the difference; OSError where the file cannot be opened.
+    """
+    entries, have = _read_adapter(Path(path)), _svft_layers(model)
+    there: dict[str, nn.Module] = have or dict(model.named_modules())
+    if unknown := sorted(entries.keys() - there.keys()):
+        raise ValueError(f"{path}: got layers {unknown}, want only layers that the model has")
+    if missing := sorted(have.keys() - entries.keys()):
+        raise ValueError(f"{path}: got nothing for {missing}, want an entry for every SVFTLinear of the model")
+    if not have:
+        _check_targets(model, entries)
+    layers, bases = {}, {}
+    for name in _tracked(entries, cache_dir):
+        with _naming(name):
+            entry = entries[name]
+            bases[name] = SVD(entry["U"], entry["S"], entry["Vh"]) if "U" in entry else None
+            layers[name] = have.get(name) or _rebuild(there[name], entry, bases[name], cache_dir)
+            _check_update(layers[name], entry, bases[name])
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for parameter, value in zip((layer.U, layer.S, layer.Vh), bases[name] or (), strict=False):
+                parameter.copy_(value)
+            layer.m.copy_(entries[name]["m"])
+    return model if have else _freeze(_replace(model, layers))
+
+
+def _rebuild(base: nn.Module, entry: dict, svd: SVD | None, cache_dir: StrPath | None) -> SVFTLinear:
+    """The layer that an adapter's entry describes, around the plain layer base."""
+    if (shape := tuple(_base_weight(base).shape)) != entry["shape"]:
+        raise ValueError(f"weight: got shape {shape}, want {entry['shape']}, the adapter's")
+    if svd is not None:
+        return SVFTLinear(base, entry["omega"], svd=svd)
+    dtype = getattr(torch, entry["svd_dtype"].removeprefix("torch."))
+    return SVFTLinear(base, entry["omega"], rank=entry["rank"], dtype=dtype, cache_dir=cache_dir)
+
+
+def _check_update(layer: SVFTLinear, entry: dict, svd: SVD | None) -> None:
+    """Refuse an entry whose m would not be the saved update in this layer, with its bases or those of svd."""
+    _check_unsharded(layer)
+    if (layer.out_features, layer.in_features) != entry["shape"]:
+        raise ValueError(
+            f"weight: got {layer.out_features} x {layer.in_features}, want {entry['shape']}, the adapter's"
+        )
+    if not torch.equal(layer.omega.cpu(), entry["omega"]):
+        raise ValueError("omega: got other positions in the model than in the adapter, want the same")
+    if svd is not None:
+        _check_svd(svd, layer._W0())
+    U, _, Vh = svd or (layer.U, layer.S, layer.Vh)
+    difference = float((_probes(entry["omega"], entry["m"], U, Vh) - entry["probes"]).norm())
+    norm = float(entry["m"].double().norm()) * len(entry["probes"]) ** 0.5  # theirs, as ||Delta W||_F = ||m||
+    if not difference <= 1e-3 * norm:
+        raise ValueError(
+            f"m: got an update that differs from the saved one by {difference / norm if norm else math.nan:.2g}, "
+            "relatively, want at most 1e-3. Is this the base model, in the dtype, that the adapter was trained on? "
+            "If so, its singular vectors are not unique: save with bases=True"
+        )
+
+
+def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
+    """a^T (U M V^T) b for 16 fixed random pairs a (d1,), b (d2,): (16,), float64, on the CPU.
+
+    Their root mean square estimates ||Delta W||_F. RandomState's stream is frozen: the file need not hold a, b.
+    """
+    rng = np.random.RandomState(0)
+    a, b = (torch.as_tensor(rng.standard_normal((16, size))) for size in (U.shape[0], Vh.shape[1]))
+    aU, Vb = a @ U.detach().cpu().double(), b @ Vh.detach().cpu().double().T  # (16, r1), (16, r2)
+    i, j = omega.cpu()
+    return (aU[:, i] * Vb[:, j]) @ m.detach().cpu().double()
+
+
+def _whole(t: Tensor) -> Tensor:
+    """A parameter as a plain tensor on the CPU, gathered from all ranks where it is sharded."""
+    t = t.detach()
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().clone()
+
+
+def _read_adapter(path: Path) -> dict[str, dict]:
+    """The entries of an adapter file, whole and unaltered; nothing in it is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT or content["sha256"] != _sha256(content["layers"]):
+            raise ValueError("another format, or altered: the checksum differs")
+        return content["layers"]
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch.load or a foreign content may raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: got no whole adapter file, want one of format {FORMAT!r} ({reason})") from error
+
+
+def _write(path: Path, content: dict) -> None:
+    """Write a file whole or not at all, also where several processes write the same one."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(*parts: Any) -> str:
+    """A digest of tensors (dtype, shape, bytes), dicts of them, and anything else by its repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            digest.update(" ".join(_sha256(key, value) for key, value in part.items()).encode())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- Which layers, and the checks at the boundary
+
+
+def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that target_modules names (D13), in the model's order; every entry must match one."""
+    _svft_layers(model)  # is it a model?
+    single = isinstance(target_modules, str)
+    if not (single or isinstance(target_modules, Sequence)) or not all(isinstance(t, str) for t in target_modules):
+        raise TypeError(f"target_modules: got {target_modules!r}, want a list of names, or one regular expression")
+    if not target_modules:
+        raise ValueError(f"target_modules: got {target_modules!r}, want at least one name")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: set[str] = set()
+    for entry in [target_modules] if single else target_modules:
+        hits = {name for name in modules if re.fullmatch(entry if single else rf"(.*\.)?{re.escape(entry)}", name)}
+        if not hits:
+            hint = f"; to match ends of names, pass [{entry!r}]" if single else ""
+            linear = [name for name, module in modules.items() if type(module).__name__ in ("Linear", "Conv1D")]
+            raise ValueError(f"target_modules: got {entry!r}, which matches nothing{hint}; want among {linear}")
+        found |= hits
+    targets = {name: module for name, module in modules.items() if name in found}
+    _check_targets(model, targets)
+    return targets
+
+
+def _check_targets(model: nn.Module, names: Any) -> None:
+    """Refuse a target that cannot be replaced, or not without a side effect elsewhere."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        with _naming(name):
+            base = modules[name]
+            _base_weight(base)
+            if not name:
+                raise ValueError("target_modules: got the model itself, want layers inside it; use SVFTLinear(model)")
+            if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+                raise ValueError("base: got a part of nn.TransformerEncoderLayer, which reads its weight directly")
+            for other, module in modules.items():
+                if other != name and any(p is base.weight for p in module._parameters.values()):
+                    raise ValueError(f"weight: got one shared with {other!r} (tied), want a weight of its own")
+
+
+def _base_weight(base: nn.Module) -> Tensor:
+    """base's weight as W0 (d1, d2); raises unless SVFTLinear can take base's place."""
+    weight = getattr(base, "weight", None)
+    conv1d = type(base).__name__ == "Conv1D" and getattr(base, "nf", None) == getattr(weight, "shape", "?")[-1]
+    if not (type(base) is nn.Linear or conv1d) or set(base._parameters) != {"weight", "bias"}:
+        got = f"{type(base).__module__}.{type(base).__qualname__}"
+        why = "subclasses, parametrised and quantised layers may not use their weight through forward"
+        raise TypeError(f"base: got {got}, want exactly nn.Linear or Hugging Face's Conv1D: {why}")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if "forward" in vars(base) or any(getattr(base, kind) for kind in hooks):
+        raise ValueError("base: got hooks or a forward of its own on it, want them removed: they would be lost")
+    _check_weight(weight)
+    return weight.detach().T if conv1d else weight.detach()
+
+
+def _check_weight(weight: Tensor) -> None:
+    _check_matrix("weight", weight)
+    if hasattr(weight, "__tensor_flatten__"):
+        raise TypeError(
+            f"weight: got a {type(weight).__name__}, want a plain tensor: inject before sharding or packing"
+        )
+    if weight.is_meta or not weight.numel():
+        got = "meta tensor" if weight.is_meta else "empty tensor"
+        raise ValueError(f"weight: got a {got} of shape {tuple(weight.shape)}, want one that holds values")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight: got NaN or inf in it, want finite values")
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    dtype = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+    if dtype not in (*HALF, torch.float32, torch.float64):
+        raise TypeError(f"{name}: got {dtype}, want a tensor of float16, bfloat16, float32 or float64")
+    if matrix.ndim != 2:
+        raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want a matrix")
+
+
+def _check_omega(omega: Tensor, r1: int | None = None, r2: int | None = None) -> Tensor:
+    """omega, if it is an int64 (2, k) with k >= 1, 0 <= i < r1, 0 <= j < r2, strictly ascending by (i, j)."""
+    dtype = omega.dtype if isinstance(omega, Tensor) else type(omega).__name__
+    if dtype != torch.int64:
+        raise TypeError(f"omega: got {dtype}, want an int64 tensor")
+    if omega.ndim != 2 or omega.shape[0] != 2 or not omega.numel():
+        raise ValueError(f"omega: got shape {tuple(omega.shape)}, want (2, k) with k >= 1")
+    i, j = omega
+    if not bool((omega >= 0).all() & (i < (r1 or math.inf)).all() & (j < (r2 or math.inf)).all()):
+        raise ValueError(f"omega: got up to {tuple(omega.amax(1).tolist())}, want 0 <= i < {r1} and 0 <= j < {r2}")
+    flat = i * (j.max() + 1) + j
+    if not bool((flat[1:] > flat[:-1]).all()):
+        raise ValueError("omega: got unsorted or repeated positions, want each once, sorted by i, then j")
+    return omega
+
+
+def _check_unsharded(layer: SVFTLinear) -> None:
+    if hasattr(layer.m, "full_tensor"):
+        raise TypeError("m: got a sharded layer, want a plain one: load before sharding; save, load plain, then merge")
+
+
+def _check_int(name: str, value: Any, low: int, high: float = math.inf) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: got {value!r}, want an int")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, want {low} to {high}")
+    return int(value)
+
+
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Make errors name the layer."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = next(t for t in (TypeError, ValueError, RuntimeError) if isinstance(error, t))
+        raise kind(f"layer {layer!r}: {error}") from error
+
+
+def _tracked(names: Any, cache_dir: Any) -> Iterator[str]:
+    """Iterate over layers whose SVDs are computed; where that takes long, say once how long it will take."""
+    start, told = time.perf_counter(), False
+    for done, name in enumerate(names, 1):
+        yield name
+        spent = time.perf_counter() - start
+        if spent > 10 and not told and done < len(names):
+            left, told = spent / done * (len(names) - done), True
+            hint = "" if cache_dir else "; cache_dir= would keep them for the next start"
+            log.warning("SVDs: %d of %d layers in %.0f s, about %.0f s to go%s", done, len(names), spent, left, hint)
