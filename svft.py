@@ -501,10 +501,11 @@ class SVFTLinear(nn.Module):
         Raises ValueError where m or the merged weight has NaN or inf.
         """
         _check_unsharded(self)
-        W, delta = self.merged_weight().to(self.U.dtype), self.delta_weight()  # (d1, d2)
+        W0, delta = self._W0(), self.delta_weight()  # (d1, d2)
+        W = (W0 + delta).to(self.U.dtype)  # (d1, d2)
         if not bool(torch.isfinite(self.m).all()) or not bool(torch.isfinite(W).all()):
             raise ValueError("m: got NaN or inf in it or in the merged weight, want finite values")
-        lost = float((W.to(delta.dtype) - self._W0() - delta).norm() / delta.norm())  # NaN at m = 0
+        lost = float((W.to(delta.dtype) - W0 - delta).norm() / delta.norm())  # NaN at m = 0
         if lost > 0.1:
             warnings.warn(f"merge: rounding to {W.dtype} loses {lost:.0%} of the update", stacklevel=2)
         kind, attributes = self._base
