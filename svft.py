@@ -427,8 +427,9 @@ class SVFTLinear(nn.Module):
             return self._fused(x, torch.zeros_like(self.m))
         autocast = torch.is_autocast_enabled(x.device.type)
         low = (torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype) in HALF
-        path = self._cheapest(x.numel() // self.in_features, low) if self.path == "auto" else self.path
-        if path == "dense":
+        T = x.numel() // self.in_features
+        path = self._cheapest(T, low) if self.path == "auto" else self.path
+        if path == "dense" or T == 0:  # embedding_bag refuses a Z without columns
             return self._dense(x, low)
         return self._fused(x, self.m) if path == "fused" else self._gather(x)
 

@@ -1,0 +1,523 @@
+r"""The executable spec of svft.py: each test's name is a law, its docstring the claim and where it comes from.
+
+    pytest -v test_svft.py                          the quick profile
+    SVFT_PROFILE=thorough pytest test_svft.py       ten times the examples, always the same ones (as in CI)
+    pytest -m mutation test_svft.py                 the spec's own proof: every one-line breakage of svft.py
+                                                    in the table at the end must make the test named there fail
+
+How to read a failure: hypothesis prints "Falsifying example: test_...(case=...)" with the smallest case that it
+found; the sizes and the seed in it rebuild every tensor. Paste it as @example(...) above the test to keep it.
+
+Oracles are written differently from svft.py: numpy, float64, a double loop over (i, j) for U M V^T.
+Tolerances come from the dtype's rounding and the size of what is summed (`rounding`), never from trial.
+"""
+
+import contextlib
+import copy
+import doctest
+import inspect
+import io
+import logging
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import svft
+from svft import SVD, SVFTLinear, compute_svd, omega_banded, omega_plain, omega_random, omega_top_k
+
+HERE = Path(__file__).parent
+COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile("quick", max_examples=15, **COMMON)
+settings.register_profile("thorough", max_examples=150, derandomize=True, **COMMON)
+settings.load_profile(os.environ.get("SVFT_PROFILE", "quick"))
+DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+devices = pytest.mark.parametrize("device", DEVICES)
+
+
+# ---------------------------------------------------------------- strategies and oracles
+
+sizes = st.integers(1, 7)
+seeds = st.integers(0, 2**31)
+patterns = st.sampled_from(["plain", "banded", "random", "custom"])
+leading = st.lists(st.integers(0, 3), max_size=3).map(tuple)  # leading dimensions of an input, empty ones too
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer as Hugging Face lays it out: the weight is (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
+
+
+def plain_layer(d1, d2, kind="linear", dtype=torch.float64, seed=0, bias=True):
+    torch.manual_seed(seed)
+    return (Conv1D(d1, d2) if kind == "conv1d" else nn.Linear(d2, d1, bias=bias)).to(dtype)
+
+
+@st.composite
+def layers(draw, path="any", dtype=torch.float64):
+    """An SVFTLinear of any sizes, base, SVD, pattern and path, with a random m that is nowhere zero."""
+    d1, d2, seed = draw(sizes), draw(sizes), draw(seeds)
+    base = plain_layer(d1, d2, draw(st.sampled_from(["linear", "conv1d"])), dtype, seed)
+    how = draw(st.sampled_from([{}, {"full_matrices": True}, {"rank": draw(st.integers(1, 8))}]))
+    n = min(d1, d2)
+    r1, r2 = (d1, d2) if "full_matrices" in how else (min(how.get("rank", n), n),) * 2
+    pattern = draw(patterns)
+    if pattern == "custom":
+        pattern = omega_random(r1, r2, draw(st.integers(1, r1 * r2)), seed=seed)
+    if path == "any":
+        cut = how.get("rank", n) < n
+        path = draw(st.sampled_from(["auto", "dense", "gather"] + ["fused"] * (not cut)))
+    keep = True if path not in ("fused", "auto") or how.get("rank", n) < n else draw(st.booleans())
+    layer = SVFTLinear(base, pattern, draw(st.integers(0, 3)), seed=seed, path=path, keep_weight=keep, **how)
+    with torch.no_grad():
+        layer.m.copy_(torch.randn_like(layer.m) + 0.1)
+    layer.base = [base]  # in a list, so that it is no submodule
+    return layer
+
+
+def weight_of(base):  # (d1, d2), numpy float64
+    W = base.weight.detach().double()
+    return (W.T if type(base).__name__ == "Conv1D" else W).numpy()
+
+
+def delta_by_double_loop(layer):
+    """Eq. (2), term by term: the sum over (i, j) in Omega of m_ij u_i v_j^T, in numpy."""
+    U, Vh, m = (t.detach().double().numpy() for t in (layer.U, layer.Vh, layer.m))
+    delta = np.zeros((U.shape[0], Vh.shape[1]))
+    for (i, j), m_ij in zip(layer.omega.T.tolist(), m, strict=True):
+        for a in range(delta.shape[0]):
+            delta[a] += m_ij * U[a, i] * Vh[j]
+    return delta
+
+
+def rounding(dtype, *factors):
+    """An allowance for rounding: 50 ulps of a sum as large as the product of the factors' norms."""
+    return 50 * torch.finfo(dtype).eps * math.prod(1 + float(np.linalg.norm(np.asarray(f))) for f in factors)
+
+
+def near(got, want, tolerance):
+    got, want = (np.asarray(t.detach().double() if isinstance(t, torch.Tensor) else t) for t in (got, want))
+    assert got.shape == want.shape, f"shape {got.shape}, want {want.shape}"
+    worst = float(np.abs(got - want).max()) if got.size else 0.0
+    assert worst <= tolerance, f"off by {worst:.3g}, allowed {tolerance:.3g}"
+
+
+def snapshot(model):
+    """All that 'exactly as it was' means: structure, identity, bits, requires_grad, mode."""
+    tensors = {n: (id(p), p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+    return {n: (id(m), m.training) for n, m in model.named_modules()}, tensors
+
+
+def assert_untouched(model, before):
+    modules, tensors = snapshot(model)
+    assert modules == before[0] and tensors.keys() == before[1].keys()
+    for name, (identity, grad, values) in tensors.items():
+        assert (identity, grad) == before[1][name][:2] and torch.equal(values, before[1][name][2]), name
+
+
+def randomize(model, scale=1.0, seed=0):
+    """Give every m in model random values, so that nothing can pass by doing nothing."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SVFTLinear):
+                module.m.copy_(scale * torch.randn(module.m.shape, generator=g))
+    return model
+
+
+def mlp(seed=0, dtype=torch.float32, width=6):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)).to(dtype)
+
+
+# ---------------------------------------------------------------- Section 3.1
+
+
+class TestSVD_Section_3_1:
+    @given(d1=sizes, d2=sizes, seed=seeds, rank=st.none() | st.integers(1, 8), full=st.booleans())
+    def test_factors_are_orthonormal_and_reproduce_the_weight(self, d1, d2, seed, rank, full):
+        """W0 = U Sigma V^T with orthonormal factors; a cut at rank r leaves out the smallest singular values only."""
+        W = np.random.RandomState(seed).standard_normal((d1, d2))
+        how = {"full_matrices": True} if full else {"rank": rank}
+        U, S, Vh = (t.numpy() for t in compute_svd(torch.from_numpy(W), **how))
+        n = min(d1, d2)
+        r1, r2 = (d1, d2) if full else (min(rank or n, n),) * 2
+        assert (U.shape, S.shape, Vh.shape) == ((d1, r1), (min(r1, r2),), (r2, d2))
+        tolerance = rounding(torch.float64, W)
+        near(U.T @ U, np.eye(r1), tolerance)
+        near(Vh @ Vh.T, np.eye(r2), tolerance)
+        near(S, np.linalg.svd(W, compute_uv=False)[: len(S)], tolerance)
+        tail = np.linalg.svd(W, compute_uv=False)[len(S) :]
+        near(np.linalg.norm(W - (U[:, : len(S)] * S) @ Vh[: len(S)]), np.linalg.norm(tail), tolerance)
+
+    @given(n=sizes, extra=st.integers(0, 3), wide=st.booleans(), signs=st.lists(st.sampled_from([-1, 1]), min_size=7))
+    def test_signs_are_canonical_however_the_weight_was_factored(self, n, extra, wide, signs):
+        """(-u_i, -v_i) serve as well as (u_i, v_i): each u_i's largest entry is made positive (D2)."""
+        rng = np.random.RandomState(n)
+        U = np.linalg.qr(rng.standard_normal((n + extra, n)))[0]
+        V = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        S, s = np.arange(n, 0, -1.0), np.array(signs[:n])
+        W = (U * s * S) @ (V * s).T  # the same W whatever s is
+        W = W.T if wide else W
+        got = compute_svd(torch.from_numpy(W))
+        want = compute_svd(torch.from_numpy((U * S) @ V.T).T if wide else torch.from_numpy((U * S) @ V.T))
+        largest = got.U.gather(0, got.U.abs().argmax(0, keepdim=True))
+        assert (largest > 0).all()
+        near(got.U, want.U, 1e-10)
+        near(got.Vh, want.Vh, 1e-10)
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (4, 4)])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_zero_and_rank_deficient_weights_still_get_orthonormal_factors(self, shape, rank):
+        """U and V must be bases of frozen directions also where Sigma has zeros."""
+        W = torch.outer(torch.arange(1.0, shape[0] + 1), torch.ones(shape[1])) * rank
+        U, S, Vh = compute_svd(W)
+        near(U.T @ U, np.eye(min(shape)), 1e-6)
+        near(Vh @ Vh.T, np.eye(min(shape)), 1e-6)
+        assert int((S > 1e-5).sum()) == rank
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_it_is_computed_in_float64_and_kept_in_float32_or_better(self, dtype):
+        """Half precision is cast up, never decomposed as it is; a float64 weight keeps float64 factors (D2)."""
+        W = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+        svd = compute_svd(W)
+        assert {t.dtype for t in svd} == {torch.float64 if dtype == torch.float64 else torch.float32}
+        near(svd.S, np.linalg.svd(W.double().numpy(), compute_uv=False), 4 * torch.finfo(svd.S.dtype).eps * 10)
+        for got, exact in zip(compute_svd(W.float(), dtype=torch.float64), compute_svd(W.double()), strict=True):
+            assert torch.equal(got, exact.float())  # the float64 result, rounded once
+
+    def test_a_device_without_float64_is_served_by_the_cpu(self, monkeypatch):
+        """MPS has no float64: the weight comes to the CPU before it is cast, unless it is on CUDA."""
+        seen = []
+        real = torch.linalg.svd
+        monkeypatch.setattr(torch.linalg, "svd", lambda W, **k: seen.append((W.device.type, W.dtype)) or real(W, **k))
+        compute_svd(torch.randn(3, 2))
+        assert seen == [("cpu", torch.float64)]
+
+
+class TestOmega_Section_3_1:
+    @given(r1=sizes, r2=sizes, d=st.integers(0, 9), above=st.none() | st.integers(0, 9))
+    def test_banded_is_its_definition(self, r1, r2, d, above):
+        """M_ij = 0 if j < i - z1 or j > i + z2; the experiments use z1 = z2 = d."""
+        z2 = d if above is None else above
+        want = [(i, j) for i in range(r1) for j in range(r2) if not (j < i - d or j > i + z2)]
+        assert [tuple(p) for p in omega_banded(r1, r2, d, above).T.tolist()] == want
+
+    @given(r1=sizes, r2=sizes)
+    def test_plain_is_the_diagonal(self, r1, r2):
+        """SVFT^P trains (i, i) alone."""
+        assert omega_plain(r1, r2).T.tolist() == [[i, i] for i in range(min(r1, r2))]
+
+    @given(n=st.integers(1, 30), d=st.integers(0, 29))
+    def test_counts_are_those_of_table_7(self, n, d):
+        """n for plain; n d + (n - d)(d + 1) for banded, which is n (2d + 1) - d (d + 1)."""
+        d = min(d, n - 1)
+        k = omega_banded(n, n, d).shape[1]
+        assert k == n * d + (n - d) * (d + 1) == n * (2 * d + 1) - d * (d + 1)
+        assert omega_plain(n, n).shape[1] == n
+
+    @given(r1=sizes, r2=sizes, d=st.integers(0, 5))
+    def test_plain_lies_in_every_band_and_bands_grow(self, r1, r2, d):
+        """plain = banded with d = 0 (D9), and the band of d lies in that of d + 1."""
+        nested = [set(map(tuple, o.T.tolist())) for o in (omega_plain(r1, r2), *(omega_banded(r1, r2, e) for e in (d, d + 1)))]
+        assert nested[0] <= nested[1] <= nested[2] and nested[0] == set(map(tuple, omega_banded(r1, r2, 0).T.tolist()))
+
+    @given(r1=sizes, r2=sizes, seed=st.integers(0, 2**32 - 1), data=st.data())
+    def test_random_draws_k_distinct_positions_in_order(self, r1, r2, seed, data):
+        """Without replacement (D3): k entries are k coefficients."""
+        k = data.draw(st.integers(1, r1 * r2))
+        omega = omega_random(r1, r2, k, seed=seed)
+        pairs = list(map(tuple, omega.T.tolist()))
+        assert omega.dtype == torch.int64 and len(set(pairs)) == k and pairs == sorted(pairs)
+        assert all(0 <= i < r1 and 0 <= j < r2 for i, j in pairs)
+        assert torch.equal(omega, omega_random(r1, r2, k, seed=seed))
+
+    def test_random_is_the_same_on_every_machine_and_uniform(self):
+        """Pinned draws: numpy promises that RandomState's stream never changes. Uniform: every cell is drawn."""
+        assert omega_random(4, 4, 5, seed=0).T.tolist() == [[0, 1], [1, 2], [2, 0], [2, 1], [3, 1]]
+        assert not torch.equal(omega_random(9, 9, 20, seed=0), omega_random(9, 9, 20, seed=1))
+        hits = torch.zeros(3, 4)
+        for seed in range(600):
+            i, j = omega_random(3, 4, 4, seed=seed)
+            hits[i, j] += 1
+        assert hits.sum() == 2400 and (hits - 200).abs().max() < 70  # 6 standard deviations of 11.5
+
+    @given(d=sizes, seed=seeds, data=st.data())
+    def test_top_k_takes_the_largest_alignments(self, d, seed, data):
+        """The k largest |u_i . v_j| (D4), against a sorted list of all; joint sign flips change nothing."""
+        rng = np.random.RandomState(seed)
+        U, V = (np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in "UV")
+        k = data.draw(st.integers(1, d * d))
+        got = omega_top_k(torch.from_numpy(U), torch.from_numpy(V.T.copy()), k)
+        all_of_them = sorted(((i, j) for i in range(d) for j in range(d)), key=lambda ij: -abs(U[:, ij[0]] @ V[:, ij[1]]))
+        assert got.T.tolist() == sorted(map(list, all_of_them[:k]))
+        s = torch.from_numpy(rng.choice([-1.0, 1.0], d))
+        assert torch.equal(got, omega_top_k(torch.from_numpy(U) * s, torch.from_numpy(V.T.copy()) * s[:, None], k))
+
+    def test_top_k_counts_strong_negative_alignment_as_strong(self):
+        """-0.8 is stronger than 0.6: it is |u_i . v_j| that says how far u_i and v_j share a direction (D4)."""
+        Vh = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+        assert omega_top_k(torch.eye(2), Vh, 2).tolist() == [[0, 1], [1, 0]]
+
+    def test_top_k_of_a_rectangular_weight_is_refused_with_the_reason(self):
+        """u_i has d1 entries and v_j has d2: there is no u_i . v_j unless d1 = d2 (D5)."""
+        with pytest.raises(ValueError, match=r"(?s)7 x 5.*square.*'banded' or 'random'"):
+            SVFTLinear(plain_layer(7, 5), "top_k")
+
+    @pytest.mark.parametrize("pattern", ["random", "top_k"])
+    def test_random_and_top_k_take_as_many_entries_as_the_band(self, pattern):
+        """R_d and T_d name a budget: k equals the banded count for that d, unless k is given."""
+        base = plain_layer(6, 6)
+        assert len(SVFTLinear(base, pattern, 2).m) == omega_banded(6, 6, 2).shape[1] == 24
+        assert len(SVFTLinear(base, pattern, 2, k=7).m) == 7
+
+    def test_omega_may_be_a_tensor_or_a_function_of_the_svd(self):
+        """Any Omega fits Eq. (2): LoRA-XS is the top-left block, SVF the diagonal."""
+        block = torch.cartesian_prod(torch.arange(2), torch.arange(2)).T
+        layer = SVFTLinear(plain_layer(5, 4), block)
+        assert torch.equal(layer.omega, block) and layer.pattern == "custom"
+        strongest = SVFTLinear(plain_layer(5, 4), lambda svd: omega_plain(len(svd.S), 1))
+        assert strongest.omega.tolist() == [[0], [0]]
+
+
+# ---------------------------------------------------------------- Eq. (1) and Eq. (2)
+
+
+class TestTheLayer_Eq_1:
+    @given(layer=layers(), lead=leading, seed=seeds)
+    def test_every_path_equals_W0_plus_U_M_Vt_in_value_and_gradient(self, layer, lead, seed):
+        """h = W0 x + U M V^T x + b, with Delta W summed in a double loop; gradients for x and for m."""
+        torch.manual_seed(seed)
+        W0, delta = weight_of(layer.base[0]), delta_by_double_loop(layer)
+        x = torch.randn(*lead, W0.shape[1], dtype=torch.float64, requires_grad=True)
+        g = torch.randn(*lead, W0.shape[0], dtype=torch.float64)
+        h = layer(x)
+        tolerance = rounding(torch.float64, W0, delta, x.detach(), g)
+        near(h, x.detach().numpy() @ (W0 + delta).T + layer.base[0].bias.detach().numpy(), tolerance)
+        h.backward(g)
+        near(x.grad, g.numpy() @ (W0 + delta), tolerance)
+        G = g.reshape(-1, W0.shape[0]).numpy().T @ x.detach().reshape(-1, W0.shape[1]).numpy()  # dL/dW, (d1, d2)
+        want = [layer.U.detach().numpy()[:, i] @ G @ layer.Vh.detach().numpy()[j] for i, j in layer.omega.T.tolist()]
+        near(layer.m.grad, want, tolerance)  # dL/dm = (U^T G V) on Omega
+
+    @given(layer=layers())
+    def test_delta_weight_is_the_sum_of_rank_one_terms(self, layer):
+        """Eq. (2): Delta W = sum of m_ij u_i v_j^T; M() holds m on Omega and zero elsewhere."""
+        delta = delta_by_double_loop(layer)
+        near(layer.delta_weight(), delta, rounding(torch.float64, delta))
+        near(layer.merged_weight(), weight_of(layer.base[0]) + delta, rounding(torch.float64, layer.S, delta))
+        i, j = layer.omega
+        assert torch.equal(layer.M()[i, j], layer.m) and int((layer.M() != 0).sum()) == len(layer.m)
+        near(layer.U @ layer.M() @ layer.Vh, delta, rounding(torch.float64, delta))
+
+    @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
+    @pytest.mark.parametrize("how", [{}, {"full_matrices": True}])
+    def test_gradients_pass_gradcheck(self, path, how):
+        """Finite differences agree, for m, for x, and through M(), delta_weight() and merged_weight()."""
+        layer = SVFTLinear(plain_layer(4, 3), "banded", 1, path=path, **how)
+        m, x = torch.randn_like(layer.m).requires_grad_(), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+        call = torch.func.functional_call
+        assert torch.autograd.gradcheck(lambda m, x: call(layer, {"m": m}, (x,)), (m, x))
+        for method in ("M", "delta_weight", "merged_weight"):
+            getattr(layer, method)().square().sum().backward()
+            assert layer.m.grad is not None and torch.isfinite(layer.m.grad).all()
+
+    @devices
+    @pytest.mark.parametrize("kind", ["linear", "conv1d"])
+    @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_training_starts_at_W0(self, kind, path, dtype, device):
+        """m = 0 (D6) leaves the output bit-identical on dense and gather; on fused, to float32 rounding."""
+        base = plain_layer(9, 7, kind, dtype).to(device)
+        if path == "fused" and dtype.itemsize == 2:
+            with pytest.raises(ValueError, match="D14"):
+                SVFTLinear(base, path=path)
+            return
+        layer = SVFTLinear(base, path=path)
+        for shape in [(7,), (5, 7), (2, 3, 7), (0, 7), (1, 1, 1, 7)]:
+            x = torch.randn(shape, device=device).to(dtype)
+            if path == "fused":
+                near(layer(x).cpu(), base(x).cpu(), rounding(dtype, base.weight.detach().cpu(), x.cpu()))
+            else:
+                assert torch.equal(layer(x), base(x))
+        with torch.no_grad():
+            layer.m += 1
+        assert not torch.equal(layer(x), base(x))
+
+    @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
+    def test_only_m_trains(self, path):
+        """After optimiser steps U, S, Vh, W0 and bias are bit-identical, and m has moved and has a gradient."""
+        layer = SVFTLinear(plain_layer(6, 5, dtype=torch.float32), path=path)
+        before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (layer(torch.randn(4, 5)) - 1).square().mean().backward()
+            optimizer.step()
+        assert layer.m.grad.abs().min() > 0 and (layer.m != before.pop("m")).all()
+        for name, was in before.items():
+            now = layer.get_parameter(name)
+            assert torch.equal(now, was) and now.grad is None and not now.requires_grad, name
+        assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["m"]
+
+    @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
+    @pytest.mark.parametrize("tokens", [1, 16, 4096])
+    @pytest.mark.parametrize("keep", [True, False])
+    @pytest.mark.parametrize("train", [True, False])
+    def test_auto_takes_the_path_with_the_fewest_multiply_adds(self, shape, tokens, keep, train):
+        """Counted by torch's own FlopCounterMode; leading dimensions count as tokens (D11)."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        layer = SVFTLinear(plain_layer(*shape, dtype=torch.float32), "plain", keep_weight=keep)
+        counts = {}
+        for path in ("auto", "dense", "fused"):
+            layer.path = path
+            x = torch.randn(4, -(-tokens // 4), shape[1], requires_grad=train)
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+                h = layer(x)
+                if train:
+                    h.sum().backward()
+            counts[path] = counter.get_total_flops()
+        assert counts["dense"] != counts["fused"]
+        assert counts["auto"] == min(counts.values()), counts
+
+    def test_an_input_of_another_width_is_named(self):
+        """A wrong last dimension is an error on every path, also where a reshape could hide it."""
+        for path in ("dense", "gather", "fused"):
+            with pytest.raises(ValueError, match=r"x: got shape \(2, 10\), want \(..., 5\)"):
+                SVFTLinear(plain_layer(6, 5), path=path)(torch.randn(2, 10, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- The lemma, section 3.2
+
+
+class TestLemma_a_structure:
+    @given(n=st.integers(2, 6), seed=seeds)
+    def test_a_diagonal_M_keeps_the_singular_vectors_up_to_order_and_sign(self, n, seed):
+        """W0 + U M V^T = U (Sigma + M) V^T: its singular values are |Sigma + M|, its vectors W0's, re-ordered."""
+        layer = SVFTLinear(plain_layer(n, n, seed=seed), "plain")
+        rng = np.random.RandomState(seed)
+        target = rng.permutation(np.arange(1.0, n + 1)) * rng.choice([-1, 1], n)  # distinct, not zero, any order
+        with torch.no_grad():
+            layer.m.copy_(torch.from_numpy(target) - layer.S)
+        U, S, Vh = np.linalg.svd(layer.merged_weight().detach().numpy())
+        near(S, np.sort(np.abs(target))[::-1].copy(), 1e-9)
+        order = np.argsort(-np.abs(target))
+        near(np.abs(layer.U.detach().numpy()[:, order].T @ U), np.eye(n), 1e-6)
+        near(np.abs(layer.Vh.detach().numpy()[order] @ Vh.T), np.eye(n), 1e-6)
+
+    def test_a_zero_in_sigma_plus_M_drops_that_vector(self):
+        """sign(Sigma + M) is 0 there: U, sign(Sigma + M) V^T is then no orthonormal basis, and the rank falls."""
+        layer = SVFTLinear(plain_layer(4, 4), "plain")
+        with torch.no_grad():
+            layer.m[1] = -layer.S[1]
+        assert torch.linalg.matrix_rank(layer.merged_weight()) == 3
+        basis = torch.sign(layer.S + layer.m)[:, None] * layer.Vh
+        assert torch.linalg.matrix_rank(basis) == 3
+
+    def test_a_banded_M_need_not_keep_them(self):
+        """Off-diagonal entries mix directions: some new u is no old u."""
+        layer = randomize(SVFTLinear(plain_layer(5, 5), "banded", 1))
+        U = torch.linalg.svd(layer.merged_weight())[0]
+        assert (layer.U.T @ U).abs().amax(0).min() < 0.99
+
+
+class TestLemma_b_expressivity:
+    @given(d1=sizes, d2=sizes, seed=seeds)
+    def test_with_the_full_svd_every_target_is_reached(self, d1, d2, seed):
+        """M = U^T (P - W0) V gives W0 + U M V^T = P for every P, when M is d1 x d2 (D1)."""
+        base = plain_layer(d1, d2, seed=seed)
+        layer = SVFTLinear(base, torch.cartesian_prod(torch.arange(d1), torch.arange(d2)).T, full_matrices=True)
+        P = torch.randn(d1, d2, dtype=torch.float64)
+        with torch.no_grad():
+            layer.m.copy_((layer.U.T @ (P - base.weight) @ layer.Vh.T).flatten())
+        near(layer.merged_weight(), P, rounding(torch.float64, P, base.weight.detach()))
+
+    @pytest.mark.parametrize("shape", [(6, 3), (3, 6)])
+    def test_with_the_thin_svd_of_a_rectangular_weight_it_fails(self, shape):
+        """Only P - W0 in span(U) x span(V) is reached; the best M leaves the rest, the projection's residual (D1)."""
+        base = plain_layer(*shape)
+        n = min(shape)
+        layer = SVFTLinear(base, torch.cartesian_prod(torch.arange(n), torch.arange(n)).T)
+        P = torch.randn(*shape, dtype=torch.float64)
+        gap = P - base.weight.detach()
+        with torch.no_grad():
+            layer.m.copy_((layer.U.T @ gap @ layer.Vh.T).flatten())  # the least-squares M: U and V are orthonormal
+        outside = gap - layer.U @ layer.U.T @ gap @ layer.Vh.T @ layer.Vh
+        assert outside.norm() > 0.1 * gap.norm()
+        near(P - layer.merged_weight(), outside.detach(), rounding(torch.float64, gap))
+
+
+class TestLemma_c_rank:
+    @given(layer=layers(), data=st.data())
+    def test_rank_is_at_most_term_rank_is_at_most_min_k_d1_d2(self, layer, data):
+        """For every m, zeros and repeated values too (D10)."""
+        values = st.sampled_from([0.0, 1.0, -1.0, 2.0])
+        with torch.no_grad():
+            layer.m.copy_(torch.tensor(data.draw(st.lists(values, min_size=len(layer.m), max_size=len(layer.m)))))
+        rank, term, bound = layer.check_rank()
+        d1, d2 = layer.out_features, layer.in_features
+        assert rank == np.linalg.matrix_rank(delta_by_double_loop(layer), tol=1e-9)
+        assert rank <= term <= bound == svft.rank_bound(layer.omega, (d1, d2)) == min(len(layer.m), d1, d2)
+
+    @given(layer=layers())
+    def test_a_random_M_attains_the_term_rank(self, layer):
+        """In general position rank(M) is the term rank: the bound is tight."""
+        rank, term, _ = layer.check_rank()
+        assert rank == term
+
+    @given(r1=st.integers(1, 5), r2=st.integers(1, 5), seed=seeds, data=st.data())
+    def test_term_rank_is_the_largest_matching(self, r1, r2, seed, data):
+        """Against brute force over all ways to give each row a column or none."""
+        omega = omega_random(r1, r2, data.draw(st.integers(1, r1 * r2)), seed=seed)
+        allowed = set(map(tuple, omega.T.tolist()))
+
+        def best(row, used):
+            if row == r1:
+                return 0
+            options = [best(row + 1, used)]
+            options += [1 + best(row + 1, used | {j}) for j in range(r2) if (row, j) in allowed and j not in used]
+            return max(options)
+
+        assert svft.term_rank(omega) == best(0, frozenset())
+
+    def test_entries_piled_up_in_one_row_have_rank_one(self):
+        """Where lemma (c) says 4, the term rank says 1, and so it is."""
+        layer = randomize(SVFTLinear(plain_layer(5, 5), torch.tensor([[2, 2, 2, 2], [0, 1, 3, 4]])))
+        assert layer.check_rank() == (1, 1, 4)
+
+    def test_a_rank_above_its_bound_raises(self, monkeypatch):
+        """check_rank compares what it found; it does not assume the lemma."""
+        layer = randomize(SVFTLinear(plain_layer(4, 4)))
+        monkeypatch.setattr(svft, "term_rank", lambda omega: 1)
+        with pytest.raises(RuntimeError, match="ascend"):
+            layer.check_rank()
+
+    @given(layer=layers())
+    def test_norm_and_inner_product_carry_over_from_M(self, layer):
+        """U and V are orthonormal: ||Delta W||_F = ||m||, and <Delta W, W0> = <M, Sigma>."""
+        delta, m = layer.delta_weight().detach(), layer.m.detach()
+        near(delta.norm(), float(m.norm()), rounding(torch.float64, m))
+        diagonal = [float(m[t] * layer.S[i]) for t, (i, j) in enumerate(layer.omega.T.tolist()) if i == j]
+        near((delta * torch.from_numpy(weight_of(layer.base[0]))).sum(), sum(diagonal), rounding(torch.float64, m, layer.S))
