@@ -219,10 +219,10 @@ def omega_banded(r1: int, r2: int, d: int, above: int | None = None) -> Tensor:
     """
     r1, r2, d = _check_int("r1", r1, 1), _check_int("r2", r2, 1), _check_int("d", d, 0)
     above = d if above is None else _check_int("above", above, 0)
-    i = torch.arange(r1, device="cpu")[:, None]  # (r1, 1)
-    j = i + torch.arange(-min(d, r1 - 1), min(above, r2 - 1) + 1, device="cpu")  # (r1, width of the band)
+    i = np.arange(r1)[:, None]  # (r1, 1)
+    j = i + np.arange(-min(d, r1 - 1), min(above, r2 - 1) + 1)  # (r1, width of the band)
     inside = (j >= 0) & (j < r2)
-    return torch.stack([i.expand_as(j)[inside], j[inside]])
+    return torch.from_numpy(np.stack([np.broadcast_to(i, j.shape)[inside], j[inside]]))
 
 
 def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
@@ -235,8 +235,8 @@ def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
     """
     r1, r2 = _check_int("r1", r1, 1), _check_int("r2", r2, 1)
     k, seed = _check_int("k", k, 1, r1 * r2), _check_int("seed", seed, 0, 2**32 - 1)
-    flat = torch.from_numpy(np.random.RandomState(seed).choice(r1 * r2, k, replace=False)).sort().values
-    return torch.stack([flat // r2, flat % r2])
+    flat = np.sort(np.random.RandomState(seed).choice(r1 * r2, k, replace=False))
+    return torch.from_numpy(np.stack([flat // r2, flat % r2]))
 
 
 def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:

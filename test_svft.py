@@ -521,3 +521,336 @@ class TestLemma_c_rank:
         near(delta.norm(), float(m.norm()), rounding(torch.float64, m))
         diagonal = [float(m[t] * layer.S[i]) for t, (i, j) in enumerate(layer.omega.T.tolist()) if i == j]
         near((delta * torch.from_numpy(weight_of(layer.base[0]))).sum(), sum(diagonal), rounding(torch.float64, m, layer.S))
+
+
+# ---------------------------------------------------------------- a whole model
+
+
+class TestMerge:
+    @given(layer=layers(), lead=leading)
+    def test_the_merged_layer_computes_what_the_adapted_one_did(self, layer, lead):
+        """h = (W0 + U M V^T) x + b as one plain matrix; merging changes neither the layer nor a second merge."""
+        x = torch.randn(*lead, layer.in_features, dtype=torch.float64)
+        merged, again = layer.merge(), layer.merge()
+        near(merged(x), layer(x), rounding(torch.float64, layer.S, layer.m.detach(), x))
+        assert torch.equal(merged.weight, again.weight)
+        change = np.abs(weight_of(merged) - weight_of(layer.base[0])).max()
+        assert change > 1e-9  # and it did change
+
+    @devices
+    @pytest.mark.parametrize("kind", ["linear", "conv1d"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("train", [True, False])
+    def test_type_layout_dtype_device_bias_and_mode_are_kept(self, kind, dtype, train, device):
+        """A plain layer of the base's own type, frozen, with memory of its own."""
+        base = plain_layer(6, 6, kind, dtype).to(device).train(train)
+        layer = SVFTLinear(base)
+        with torch.no_grad():
+            layer.m.normal_()
+        merged = layer.merge()
+        assert type(merged) is type(base) and merged.training == train
+        assert merged.weight.shape == base.weight.shape and merged.weight.is_contiguous()
+        assert (merged.weight.dtype, merged.weight.device) == (dtype, base.weight.device)
+        assert torch.equal(merged.bias, base.bias) and merged.bias.data_ptr() != base.bias.data_ptr()
+        assert merged.extra_repr() == base.extra_repr() and not merged.weight.requires_grad
+        assert SVFTLinear(plain_layer(3, 2, bias=False)).merge().bias is None
+
+    def test_a_half_precision_merge_rounds_once(self):
+        """W0 + Delta W is summed in float32 and then rounded: the nearest bfloat16, entry by entry."""
+        layer = SVFTLinear(plain_layer(8, 8, dtype=torch.bfloat16))
+        with torch.no_grad():
+            layer.m.normal_()
+        exact = layer.weight.double() + layer.U.double() @ layer.M().double() @ layer.Vh.double()
+        got = layer.merge().weight
+        other = torch.nextafter(got, torch.where(exact > got.double(), math.inf, -math.inf).to(got))
+        assert ((got.double() - exact).abs() <= (other.double() - exact).abs() * (1 + 1e-4)).all()
+
+    def test_it_warns_with_the_figure_where_rounding_swallows_the_update(self):
+        """bfloat16 has 8 bits: an update far below W0's last bit is mostly lost, and merge says how much."""
+        layer = randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)), 1e-4)
+        with pytest.warns(UserWarning, match=r"bfloat16 loses \d\d+% of the update"):
+            layer.merge()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            randomize(layer, 1.0).merge()
+            randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.float32)), 1e-4).merge()
+            SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)).merge()  # m = 0: nothing to lose
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+    def test_a_model_with_a_bad_m_is_refused_and_left_alone(self, bad):
+        """NaN, inf, or an overflow when rounded: the error names the layer and nothing is merged."""
+        model = randomize(svft.inject(mlp(dtype=torch.float16), ["0", "2", "4"]))
+        with torch.no_grad():
+            model[4].m[0] = bad
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="layer '4': m: got NaN or inf"):
+            svft.merge(model)
+        assert isinstance(model[0], SVFTLinear) and all(torch.equal(p, before[1][n][2]) or n == "4.m" for n, p in model.named_parameters())
+        assert snapshot(model)[0] == before[0]
+
+    def test_merging_twice_equals_merging_once(self):
+        """The second merge finds nothing to do; a model may also be merged where a layer stands under two names."""
+        model = randomize(svft.inject(mlp(), ["2"]))
+        model.alias = model[2]
+        x = torch.randn(3, 5)
+        want = model[:5](x)
+        assert svft.merge(model) is model and type(model[2]) is nn.Linear and model.alias is model[2]
+        near(model[:5](x), want, 1e-5)
+        before = snapshot(model)
+        assert_untouched(svft.merge(model), before)
+
+
+class TestInject:
+    @pytest.mark.parametrize(
+        "targets, names",
+        [
+            (["c_fc"], ["h.0.c_fc", "h.1.c_fc"]),  # the end of a name, at a dot
+            (["h.1.c_fc"], ["h.1.c_fc"]),  # a whole name
+            (["0.c_fc", "head"], ["h.0.c_fc", "head"]),
+            (r"h\.\d+\.c_fc", ["h.0.c_fc", "h.1.c_fc"]),  # a regular expression, against whole names
+            (r".*(c_fc|head)", ["h.0.c_fc", "h.1.c_fc", "head"]),
+            (("fc",), None),  # no substring matching (D13)
+            ("c_fc", None),
+            (["c_fc", "absent"], None),  # every entry must match
+        ],
+    )
+    def test_targets_are_matched_by_whole_names_or_their_ends(self, targets, names):
+        """PEFT's rules (D13); the error of a name that matches nothing says which names there are."""
+        model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"c_fc": nn.Linear(4, 3)}) for _ in "ab"), "head": nn.Linear(3, 2)})
+        before = snapshot(model)
+        if names is None:
+            with pytest.raises(ValueError, match=r"matches nothing.*h\.0\.c_fc"):
+                svft.inject(model, targets)
+            assert_untouched(model, before)
+        else:
+            svft.inject(model, targets)
+            assert [n for n, m in model.named_modules() if isinstance(m, SVFTLinear)] == names
+
+    def test_it_freezes_everything_but_the_ms_and_keeps_those_of_an_earlier_inject(self):
+        """What trains is decided by identity: a parameter that happens to be called m is frozen."""
+        model = mlp()
+        model.register_parameter("m", nn.Parameter(torch.ones(1)))
+        assert svft.inject(model, ["0"], "plain") is model
+        svft.inject(model, ["4"], "random", 1, path="gather")
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.m", "4.m"]
+        model[:5](torch.randn(2, 5)).sum().backward()
+        assert model[0].m.grad.abs().sum() > 0 and model[4].m.grad.abs().sum() > 0
+        assert (model[0].pattern, model[4].pattern, model[4].path) == ("plain", "random", "gather")
+
+    def test_random_draws_another_omega_for_each_layer_from_one_seed(self):
+        """Layers of equal shape do not share an Omega; the same seed gives the same ones, by the layer's name."""
+        a, b = (svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "abc")), ["0", "1", "2"], "random", seed=3) for _ in "ab")
+        assert not torch.equal(a[0].omega, a[1].omega) and all(torch.equal(a[i].omega, b[i].omega) for i in range(3))
+        other = svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "abc")), ["1"], "random", seed=3)
+        assert torch.equal(other[1].omega, a[1].omega)
+
+    def test_the_base_layers_mode_bias_and_memory_are_taken_over(self):
+        """W0 is not copied, and the base is not changed."""
+        base = plain_layer(4, 3).eval()
+        before = snapshot(base)
+        layer = SVFTLinear(base)
+        assert layer.weight.data_ptr() == base.weight.data_ptr() and not layer.training
+        assert_untouched(base, before)
+        assert SVFTLinear(base, keep_weight=False).weight is None
+
+    def test_an_error_in_the_last_layer_leaves_the_model_as_it_was(self):
+        """All layers are made before the first is replaced; the error names the layer."""
+        model = mlp()
+        with torch.no_grad():
+            model[4].weight[1, 2] = math.nan
+        before = {n: (id(m)) for n, m in model.named_modules()}
+        with pytest.raises(ValueError, match="layer '4': weight: got NaN"):
+            svft.inject(model, ["0", "2", "4"])
+        assert before == {n: id(m) for n, m in model.named_modules()} and all(p.requires_grad for p in model.parameters())
+
+
+class TestDisabledAndSummary:
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_inside_disabled_the_model_is_the_base_model(self, keep):
+        """Blocks nest: the outer one still holds when the inner one ends, also by an exception."""
+        base = mlp()
+        model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], keep_weight=keep))
+        x = torch.randn(3, 5)
+        adapted, want, tolerance = model(x), base(x), 0 if keep else 1e-5
+
+        with svft.disabled(model) as inside:
+            assert inside is model
+            with contextlib.suppress(ZeroDivisionError), svft.disabled(model):
+                near(model(x), want, tolerance)
+                1 / 0  # noqa: B018
+            near(model(x), want, tolerance)
+            assert (svft.merge(copy.deepcopy(model))(x) - want).abs().max() > 1e-3  # merging is not disabled
+        assert torch.equal(model(x), adapted) and (adapted - want).abs().max() > 1e-3
+
+    def test_summary_lists_layers_shapes_patterns_counts_and_shares(self):
+        """A table to read: what is adapted, how, with how many parameters and bytes."""
+        model = svft.inject(mlp(width=6), ["0", "4"], "banded", 1)
+        rows = [re.split(r"\s{2,}", line) for line in svft.summary(model).splitlines()]
+        assert rows[0] == ["layer", "shape", "pattern", "k", "path", "bytes"]
+        assert rows[1][:5] == ["0", "6 x 5", "banded d=1", "13", "auto"]
+        held = 4 * (6 * 5 + 6 + 6 * 5 + 5 + 5 * 5 + 13) + 8 * (2 * 13 + 5)  # W0, b, U, S, Vh, m; omega, row starts
+        assert rows[1][5] == str(held)
+        total = sum(p.numel() for p in model.parameters())
+        assert rows[-1][0] == f"trained: 23 of {total} parameters, {100 * 23 / total:.3f}%"
+
+
+# ---------------------------------------------------------------- dtypes, devices, and the places people run it
+
+
+class TestDtypesAndTransformations:
+    @pytest.mark.parametrize("path", ["dense", "gather", "auto"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_layers_work_and_lose_no_small_update(self, path, dtype):
+        """W0 and the bases stay half, m and the sparse step float32 (D12); an update far below W0's last bit counts (D14)."""
+        base = plain_layer(48, 40, dtype=dtype)
+        layer = randomize(SVFTLinear(base, path=path), 1e-4)
+        assert (layer.U.dtype, layer.S.dtype, layer.m.dtype) == (dtype, torch.float32, torch.float32)
+        x = torch.randn(3, 40).to(dtype)
+        assert layer(x).dtype == dtype
+        with torch.no_grad():  # without a W0 in the sum's way, the update itself must come through
+            layer.weight.zero_(), layer.bias.zero_()
+        want = x.double().numpy() @ delta_by_double_loop(layer).T
+        near(layer(x), want, 8 * torch.finfo(dtype).eps * np.abs(want).max())
+        layer(x).float().sum().backward()
+        assert layer.m.grad.dtype == torch.float32 and (layer.m.grad != 0).all()
+
+    @pytest.mark.parametrize("path, keep", [(p, k) for p in ("dense", "gather", "fused", "auto") for k in (True, False) if k or p != "gather"])
+    def test_autocast_agrees_with_float32_to_its_own_rounding(self, path, keep):
+        """Output in bfloat16, gradient of m in float32; the fused path keeps float32 factors inside (D14)."""
+        base = plain_layer(40, 24, dtype=torch.float32)
+        layer = randomize(SVFTLinear(base, path=path, keep_weight=keep), 0.1)
+        x = torch.randn(6, 24)
+        want = x.double().numpy() @ (weight_of(base) + delta_by_double_loop(layer)).T + base.bias.detach().numpy()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = layer(x)
+            assert layer.delta_weight().dtype == layer.merged_weight().dtype == torch.float32
+        assert h.dtype == torch.bfloat16
+        near(h, want, 4 * 2**-8 * np.abs(want).max())
+        h.float().sum().backward()
+        assert layer.m.grad.dtype == torch.float32 and layer.m.grad.abs().sum() > 0
+
+    def test_a_layer_that_needs_float32_refuses_a_later_half(self):
+        """keep_weight=False or 'fused', then .bfloat16(): an error at the next forward, not a model that is 0.4% off."""
+        for options in ({"keep_weight": False}, {"path": "fused"}):
+            layer = SVFTLinear(plain_layer(4, 4, dtype=torch.float32), **options).bfloat16()
+            with pytest.raises(ValueError, match="D14"):
+                layer(torch.randn(2, 4).bfloat16())
+
+    @given(layer=layers())
+    def test_a_copy_a_pickle_and_a_state_dict_carry_the_layer(self, layer):
+        """deepcopy, pickle, and a strict state_dict into a layer made from other numbers: the same output bits."""
+        layer.base = None
+        fresh = randomize(copy.deepcopy(layer), seed=5)
+        fresh.load_state_dict(layer.state_dict())
+        x = torch.randn(3, layer.in_features, dtype=torch.float64)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh):
+            assert torch.equal(other(x), layer(x)) and other.m is not layer.m
+
+    def test_a_state_dict_of_another_omega_is_refused_whole(self):
+        """m is a list of numbers: with other positions of the same count it would load, and mean something else."""
+        layer, other = (SVFTLinear(plain_layer(6, 6), "random", k=9, seed=s) for s in (0, 1))
+        randomize(layer), randomize(other)
+        before = snapshot(layer)
+        with pytest.raises(RuntimeError, match="omega: got other positions"):
+            layer.load_state_dict(other.state_dict())
+        assert_untouched(layer, before)
+
+    @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
+    def test_a_whole_model_compiles_without_a_graph_break(self, path):
+        """torch.compile(fullgraph=True), forward and backward, with changing numbers of tokens."""
+        torch._dynamo.reset()
+        model = randomize(svft.inject(mlp(), ["0", "2", "4"], path=path))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for tokens in (3, 40, 41):
+            x = torch.randn(tokens, 5)
+            near(compiled(x), model(x).detach(), 1e-5)
+            want = torch.autograd.grad(model(x).square().sum(), model[0].m)[0]
+            near(torch.autograd.grad(compiled(x).square().sum(), model[0].m)[0], want, 1e-4)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradient_checkpointing_changes_nothing(self, reentrant):
+        """The recomputed forward gives the same gradient."""
+        from torch.utils.checkpoint import checkpoint
+
+        model = randomize(svft.inject(mlp(), ["0", "2", "4"]))
+        x = torch.randn(3, 5, requires_grad=True)
+        want = torch.autograd.grad(model(x).sum(), [model[0].m, x])
+        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(model[0].m.grad, want[0]) and torch.equal(x.grad, want[1])
+
+    def test_torch_func_and_inference_mode(self):
+        """functional_call with grad, per-sample gradients through vmap, and inference mode."""
+        layer = randomize(SVFTLinear(plain_layer(5, 4), path="gather"))
+        x, call = torch.randn(6, 4, dtype=torch.float64), torch.func.functional_call
+
+        def loss(m, x):
+            return call(layer, {"m": m}, (x,)).square().sum()
+
+        want = torch.autograd.grad(loss(layer.m, x), layer.m)[0]
+        near(torch.func.grad(loss)(layer.m.detach(), x), want, 1e-10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has no batching rule for embedding_bag and falls back to a loop
+            each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.m.detach(), x[:, None])
+        near(each.sum(0), want, 1e-10)
+        with torch.inference_mode():
+            near(layer(x), layer.merge()(x), 1e-10)
+
+    def test_no_path_mixes_devices(self):
+        """On fake accelerator tensors: inject, forward, backward, autocast, merge. Needs no GPU; a mix-up raises.
+
+        A torch built without CUDA cannot run autograd on fake "cuda" tensors; there a fake backend that torch lets
+        Python register takes its place, once as itself (like MPS) and once passing for CUDA. In its own process.
+        """
+        done = subprocess.run([sys.executable, "-c", FAKE_DEVICES], capture_output=True, text=True, cwd=HERE)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        assert done.stdout.splitlines() == ["a mix-up raises", *["a model is whole"] * 12]
+
+
+FAKE_DEVICES = """
+import itertools, torch, svft
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+class Fake(FakeTensorMode):  # svft's checks ask tensors for scalars: answer 'all is well'
+    def dispatch(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 0.01 if args[0].dtype.is_floating_point else 1
+        return super().dispatch(func, types, args, kwargs or {})
+
+def linear(device, dtype):
+    layer = nn.Linear(8, 8, device="meta")
+    layer.weight, layer.bias = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in ((8, 8), (8,)))
+    return layer
+
+_setup_privateuseone_for_python_backend("fakegpu")
+torch.fakegpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # for torch.autocast(enabled=False)
+try:
+    with Fake():
+        torch.zeros(2, device="fakegpu") + torch.zeros(2)
+except RuntimeError as error:
+    assert "same device" in str(error)
+    print("a mix-up raises")
+device = "cuda" if torch.backends.cuda.is_built() else "fakegpu"
+for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
+    torch.Tensor.is_cuda = property(lambda t: as_cuda and t.device.type == device)
+    with Fake():
+        for pattern in ("banded", "random", "top_k"):
+            model = svft.inject(nn.Sequential(linear(device, dtype), linear(device, dtype)), ["0", "1"], pattern, 1)
+            for path in ("auto", "dense", "gather", "fused"):
+                if path == "fused" and dtype == torch.bfloat16:
+                    continue
+                model[0].path = model[1].path = path
+                x = torch.empty(2, 3, 8, device=device, dtype=dtype)
+                y = model(x)
+                assert y.device.type == device
+                y.float().sum().backward()
+                assert model[0].m.grad.device.type == device
+                if device == "cuda":  # the stand-in has no autocast
+                    with torch.autocast(device, dtype=torch.bfloat16):
+                        assert model(x).dtype == torch.bfloat16
+            with svft.disabled(model):
+                assert model(x).device.type == device
+            assert svft.merge(model)[0].weight.device.type == device and type(model[0]) is nn.Linear
+            print("a model is whole")
+"""
