@@ -854,3 +854,489 @@ for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfl
             assert svft.merge(model)[0].weight.device.type == device and type(model[0]) is nn.Linear
             print("a model is whole")
 """
+
+
+# ---------------------------------------------------------------- files: the SVD cache, the adapter
+
+
+@pytest.fixture
+def svd_calls(monkeypatch):
+    """How often LAPACK was called."""
+    calls, real = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k))
+    return calls
+
+
+class TestSVDCache:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("how", [{}, {"rank": 2}, {"full_matrices": True}, {"dtype": torch.float32}])
+    def test_a_second_call_reads_the_same_bits_and_computes_nothing(self, tmp_path, svd_calls, dtype, how):
+        """One file per weight and options; a hit gives what the miss gave."""
+        W = plain_layer(6, 4, dtype=dtype).weight
+        first = compute_svd(W, cache_dir=tmp_path / "made" / "on demand", **how)
+        second = compute_svd(W, cache_dir=tmp_path / "made" / "on demand", **how)
+        assert len(svd_calls) == 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert [p.suffix for p in (tmp_path / "made" / "on demand").iterdir()] == [".pt"]  # no temporary file is left
+
+    def test_whatever_changes_the_result_changes_the_file(self, tmp_path, svd_calls):
+        """Weight bytes, shape, dtype, rank, full_matrices and LAPACK's dtype are all in the key."""
+        W = plain_layer(4, 4, dtype=torch.float32).weight.detach()
+        nudged = W.clone()
+        nudged[0, 0] = torch.nextafter(nudged[0, 0], torch.tensor(9.0))
+        for weight in (W, nudged, W.T, W.reshape(2, 8), W.half(), W.double()):
+            compute_svd(weight, cache_dir=tmp_path)
+        for how in ({"rank": 2}, {"rank": 3}, {"dtype": torch.float32}):
+            compute_svd(W, cache_dir=tmp_path, **how)
+        compute_svd(W.reshape(2, 8), cache_dir=tmp_path, full_matrices=True)
+        assert len(svd_calls) == len(list(tmp_path.iterdir())) == 10
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda path, svd: path.write_bytes(b""),
+            lambda path, svd: path.write_bytes(path.read_bytes()[:-200]),
+            lambda path, svd: path.write_bytes(b"not a zip file" * 99),
+            lambda path, svd: torch.save({"U": svd.U}, path),
+            lambda path, svd: torch.save([1, 2, 3], path),
+            lambda path, svd: torch.save({"U": "x", "S": "y", "Vh": "z"}, path),
+            lambda path, svd: torch.save(svd._replace(U=svd.U * 1.001)._asdict(), path),  # not orthonormal
+            lambda path, svd: torch.save(svd._replace(S=svd.S * 1.001)._asdict(), path),  # W V != U S
+            lambda path, svd: torch.save(svd._replace(U=svd.U * math.nan)._asdict(), path),
+            lambda path, svd: torch.save(svd._replace(U=-svd.U, Vh=-svd.Vh)._asdict(), path),  # an SVD: other signs
+            lambda path, svd: torch.save(svd._replace(U=svd.U[:, :2], S=svd.S[:2], Vh=svd.Vh[:2])._asdict(), path),
+            lambda path, svd: torch.save(compute_svd(torch.randn(6, 4))._asdict(), path),  # of another weight
+            lambda path, svd: path.write_bytes(pickle.dumps(MakeFile(path.parent / "owned"))),
+        ],
+    )
+    def test_a_damaged_or_foreign_file_is_a_miss_and_is_replaced(self, tmp_path, svd_calls, damage):
+        """What is read is checked: orthonormal, W V = U S, U^T W = S V^T, canonical signs; nothing in it is run."""
+        W = plain_layer(6, 4, dtype=torch.float32).weight
+        want = compute_svd(W, cache_dir=tmp_path)
+        (path,) = tmp_path.iterdir()
+        damage(path, want)
+        calls = len(svd_calls)
+        for _ in "twice":
+            got = compute_svd(W, cache_dir=tmp_path)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert len(svd_calls) == calls + 1 and not (tmp_path / "owned").exists()
+
+    def test_a_folder_that_cannot_be_written_is_warned_of_and_done_without(self, tmp_path):
+        """The cache is a convenience: its failure does not stop the work."""
+        (tmp_path / "file").write_text("in the way")
+        W = torch.randn(3, 2)
+        with pytest.warns(UserWarning, match="cache_dir: cannot write"):
+            got = compute_svd(W, cache_dir=tmp_path / "file" / "folder")
+        assert torch.equal(got.U, compute_svd(W).U)
+
+    def test_a_write_that_fails_half_way_leaves_nothing(self, tmp_path, monkeypatch):
+        """Written whole or not at all: a full disk leaves no file, and no temporary one."""
+
+        def full(content, file):
+            file.write(b"half of it")
+            raise RuntimeError("no space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.warns(UserWarning, match="no space left"):
+            compute_svd(torch.randn(3, 2), cache_dir=tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_several_processes_may_race_for_one_folder(self, tmp_path):
+        """Each writes its own temporary file and renames it: all end with the same factors, and one file a weight."""
+        code = "import svft, torch; m = [torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in range(8)]"
+        code += "; print(sum(float(svft.compute_svd(w, cache_dir='.').U.abs().sum()) for w in m))"
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        racers = [
+            subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        said = [r.communicate(timeout=120) for r in racers]
+        assert len({out for out, _ in said}) == 1 and not any(err for _, err in said), said
+        assert len(list(tmp_path.iterdir())) == 8
+
+    def test_a_miss_is_logged_with_its_seconds_and_long_work_says_so_once(self, tmp_path, caplog, monkeypatch):
+        """INFO for each SVD computed; one WARNING, with the time that remains, where it takes over ten seconds."""
+        clock = iter(range(0, 10_000, 4))
+        monkeypatch.setattr(svft.time, "perf_counter", lambda: float(next(clock)))
+        with caplog.at_level(logging.INFO, "svft"):
+            svft.inject(mlp(), ["0", "2", "4"])
+        assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+            f"SVD of a {shape} weight computed in 4.00 s" for shape in ("6 x 5", "6 x 6", "4 x 6")
+        ]
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert warning == "SVDs: 1 of 3 layers in 12 s, about 24 s to go; cache_dir= would keep them for the next start"
+
+
+class MakeFile:
+    """A pickle of it makes a file when it is read carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def degenerate(seed):
+    """A weight whose singular values are all 1: every rotation of its bases is an SVD of it."""
+    return torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base model, the same model adapted, and its adapter file."""
+    base = mlp()
+    model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], "random", 1, seed=7))
+    svft.save_adapter(model, tmp_path / "adapter.pt")
+    return base, model, tmp_path / "adapter.pt"
+
+
+class TestAdapterFile:
+    @given(layer=layers(dtype=torch.float32), bases=st.booleans(), injected=st.booleans())
+    @settings(max_examples=40)
+    def test_what_is_saved_is_what_is_loaded(self, tmp_path, layer, bases, injected):
+        """Round trip into a plain model (which is injected) and into an injected one, for every kind of layer."""
+        base = layer.base.pop()
+        layer.base = None
+        fresh = SVFTLinear(base, layer.omega, svd=SVD(layer.U, layer.S, layer.Vh)) if injected else base
+        svft.save_adapter(nn.ModuleDict({"x": layer}), tmp_path / "a.pt", bases=bases)
+        loaded = svft.load_adapter(nn.ModuleDict({"x": fresh}), tmp_path / "a.pt", cache_dir=tmp_path)["x"]
+        assert torch.equal(loaded.m, layer.m) and torch.equal(loaded.omega, layer.omega)
+        near(loaded.merged_weight(), layer.merged_weight(), rounding(torch.float32, layer.S, layer.m.detach()))
+
+    def test_it_survives_another_process_seed_and_thread_count(self, saved, tmp_path):
+        """The basis is computed again from W0, not drawn."""
+        base, model, path = saved
+        torch.save((base.state_dict(), x := torch.randn(4, 5), model(x).detach()), tmp_path / "case.pt")
+        code = """
+            import sys, torch, svft
+            from torch import nn
+            torch.manual_seed(99); torch.set_num_threads(int(sys.argv[1]))
+            state, x, want = torch.load("case.pt")
+            model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+            model.load_state_dict(state)
+            got = svft.load_adapter(model, "adapter.pt")(x)
+            assert (got - want).abs().max() < 1e-5, (got - want).abs().max()
+            assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.m", "2.m", "4.m"]
+        """
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code), "3"], cwd=tmp_path, env=env, check=True)
+
+    def test_training_resumes_where_it_stopped(self, tmp_path):
+        """Stop, save, load, go on: the same numbers as without the stop, with the optimiser's own state_dict."""
+        data = [torch.randn(8, 5, generator=torch.Generator().manual_seed(s)) for s in range(6)]
+
+        def train(model, optimizer, batches):
+            for x in batches:
+                optimizer.zero_grad()
+                (model(x) - 1).square().mean().backward()
+                optimizer.step()
+
+        def start(seed=0):
+            model = svft.inject(mlp(seed), ["0", "2", "4"])
+            return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+        model, optimizer = start()
+        train(model, optimizer, data[:3])
+        svft.save_adapter(model, tmp_path / "a.pt")
+        torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+        train(model, optimizer, data[3:])
+        resumed, optimizer = start()
+        svft.load_adapter(resumed, tmp_path / "a.pt")
+        optimizer.load_state_dict(torch.load(tmp_path / "o.pt"))
+        train(resumed, optimizer, data[3:])
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+    def spoil(name, model):  # noqa: N805 - ways to get a model that the adapter does not belong to
+        with torch.no_grad():
+            if name == "another base of the same shapes":
+                model[2].weight.copy_(mlp(seed=1)[2].weight)
+            elif name == "a base that was trained on":
+                model[2].weight += 0.02 * torch.randn(6, 6)
+            elif name == "a base in bfloat16":
+                model.bfloat16()
+            elif name == "swapped layers":
+                model[0], model[4] = model[4], model[0]
+            elif name == "other shapes":
+                model[2] = nn.Linear(6, 7)
+            elif name == "a missing layer":
+                del model[4]
+            elif name == "a layer of another type":
+                model[2] = nn.Bilinear(6, 6, 6)
+        return model
+
+    @pytest.mark.parametrize("into", ["plain", "injected"])
+    @pytest.mark.parametrize(
+        "what, said",
+        [
+            ("another base of the same shapes", r"layer '2': m: got an update that differs .* by \d"),
+            ("a base that was trained on", r"layer '2': m: got an update that differs .* by 0\.\d+"),
+            ("a base in bfloat16", r"layer '\d': m: got an update that differs .* by 0\.\d+"),
+            ("swapped layers", r"layer '0': weight: got .*4.*6.*want \(6, 5\)"),
+            ("other shapes", r"layer '2': weight: got .*7.*6.*want \(6, 6\)"),
+            ("a missing layer", r"got layers \['4'\], want only layers that the model has"),
+            ("a layer of another type", "layer '2': base: got torch.nn.*Bilinear"),
+        ],
+    )
+    def test_a_model_it_does_not_belong_to_is_refused_and_left_alone(self, saved, into, what, said):
+        """M is a set of coordinates: on another basis it is another update. Layer and relative difference are named."""
+        base, model, path = saved
+        model = TestAdapterFile.spoil(what, base)
+        if into == "injected":
+            if what == "a layer of another type":
+                return  # no such layer can be injected (TestBadInput)
+            have = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+            entries = torch.load(path)["layers"]
+            for name in have:  # with the file's own Omegas, where they fit
+                omega = entries[name]["omega"] if name in entries and what != "swapped layers" else "banded"
+                svft.inject(model, [name], omega)
+        before = snapshot(model)
+        with pytest.raises((ValueError, TypeError), match=said):
+            svft.load_adapter(model, path)
+        assert_untouched(model, before)
+
+    def test_layers_that_the_file_does_not_have_and_other_omegas_are_refused(self, saved):
+        """An injected model must be the one that was saved."""
+        base, _, path = saved
+        model = svft.inject(copy.deepcopy(base), ["0", "2", "4"], "random", 1, seed=8)
+        with pytest.raises(ValueError, match="layer '0': omega: got other positions"):
+            svft.load_adapter(model, path)
+        svft.save_adapter(svft.inject(copy.deepcopy(base), ["0"]), path)
+        with pytest.raises(ValueError, match=r"got nothing for \['2', '4'\]"):
+            svft.load_adapter(svft.inject(base, ["0", "2", "4"]), path)
+
+    @pytest.mark.parametrize("columns", [1, 3])
+    def test_flipped_signs_are_refused(self, saved, columns):
+        """Another valid SVD of the same weight: a few (u_i, v_i) negated. The update would be another one."""
+        base, _, path = saved
+        svd = compute_svd(base[2].weight)
+        s = torch.ones(6)
+        s[:columns] = -1
+        flipped = SVD(svd.U * s, svd.S, svd.Vh * s[:, None])
+        model = svft.inject(base, ["0", "4"], "random", 1, seed=7)
+        model[2] = SVFTLinear(model[2], torch.load(path)["layers"]["2"]["omega"], svd=flipped)
+        assert torch.equal(model[2].merged_weight(), base[2].merged_weight())  # at m = 0 no one can tell
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"layer '2': m: got an update that differs .* by [012]\.?\d*"):
+            svft.load_adapter(model, path)
+        assert_untouched(model, before)
+
+    def test_a_rotated_degenerate_subspace_is_refused_unless_the_bases_were_saved(self, tmp_path):
+        """Equal singular values leave the vectors free to rotate: only the stored bases still name the update."""
+        W = degenerate(0)
+        base = nn.Sequential(nn.Linear(6, 6))
+        base[0].weight.data.copy_(W)
+        R = degenerate(1)  # W = W I I^T = (W R) I (R^T): two SVDs of one weight
+        rotated = SVD(W @ R, torch.ones(6), R.T)
+        model = randomize(nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=rotated)))
+        want = model[0].merged_weight().detach()
+        svft.save_adapter(model, tmp_path / "without.pt")
+        svft.save_adapter(model, tmp_path / "with.pt", bases=True)
+        for target in (copy.deepcopy(base), svft.inject(copy.deepcopy(base), ["0"], "banded", 1)):
+            before = snapshot(target)
+            with pytest.raises(ValueError, match="not unique: save with bases=True"):
+                svft.load_adapter(target, tmp_path / "without.pt")
+            assert_untouched(target, before)
+            near(svft.load_adapter(target, tmp_path / "with.pt")[0].merged_weight(), want, 1e-5)
+        other = nn.Sequential(nn.Linear(6, 6))
+        with pytest.raises(ValueError, match="layer '0': svd: got factors with a relative error"):
+            svft.load_adapter(other, tmp_path / "with.pt")  # stored bases must still be an SVD of the weight
+
+    def test_the_full_svd_always_stores_its_bases(self, tmp_path, monkeypatch):
+        """Its extra columns are an arbitrary choice of LAPACK's: a build that chooses otherwise must not matter."""
+        base = nn.Sequential(nn.Linear(3, 6))
+        every = torch.cartesian_prod(torch.arange(6), torch.arange(3)).T
+        model = randomize(svft.inject(copy.deepcopy(base), ["0"], every, full_matrices=True))
+        svft.save_adapter(model, tmp_path / "a.pt")
+        real = torch.linalg.svd
+
+        def another_choice(W, full_matrices):
+            U, S, Vh = real(W, full_matrices=full_matrices)
+            return torch.cat([U[:, :3], U[:, 3:] @ real(torch.randn(3, 3).double())[0]], 1), S, Vh
+
+        monkeypatch.setattr(torch.linalg, "svd", another_choice)
+        elsewhere = svft.inject(copy.deepcopy(base), ["0"], every, full_matrices=True)
+        for target in (copy.deepcopy(base), elsewhere):
+            near(svft.load_adapter(target, tmp_path / "a.pt")[0].merged_weight(), model[0].merged_weight(), 1e-5)
+
+    def test_an_untrained_adapter_fits_any_base_of_its_shapes(self, tmp_path):
+        """m = 0 is no update at all."""
+        svft.save_adapter(svft.inject(mlp(), ["0"]), tmp_path / "a.pt")
+        assert svft.load_adapter(mlp(seed=3), tmp_path / "a.pt")[0].m.count_nonzero() == 0
+
+    def damage(name, path):  # noqa: N805
+        content = torch.load(path)
+        if name == "truncated":
+            path.write_bytes(path.read_bytes()[:-300])
+        elif name == "empty":
+            path.write_bytes(b"")
+        elif name == "altered m":
+            content["layers"]["2"]["m"][0] += 1e-4
+            torch.save(content, path)
+        elif name == "altered name":
+            content["layers"]["1"] = content["layers"].pop("2")
+            torch.save(content, path)
+        elif name == "another format":
+            torch.save({**content, "format": "svft 0"}, path)
+        elif name == "a state_dict":
+            torch.save(mlp().state_dict(), path)
+        elif name == "text":
+            path.write_text("hello")
+        elif name == "a pickle that runs code":
+            path.write_bytes(pickle.dumps(MakeFile(path.parent / "owned")))
+        elif name == "a zip whose pickle runs code":
+            torch.save(MakeFile(path.parent / "owned"), path)
+
+    @pytest.mark.parametrize(
+        "how",
+        ["truncated", "empty", "altered m", "altered name", "another format", "a state_dict", "text"]
+        + ["a pickle that runs code", "a zip whose pickle runs code"],
+    )
+    def test_a_file_that_is_no_whole_adapter_is_refused(self, saved, how):
+        """A checksum over everything in it; read with weights_only=True, so that nothing in it is run."""
+        base, _, path = saved
+        TestAdapterFile.damage(how, path)
+        before = snapshot(base)
+        with pytest.raises(ValueError, match="adapter.pt: got no whole adapter file"):
+            svft.load_adapter(base, path)
+        assert_untouched(base, before)
+        assert not (path.parent / "owned").exists()
+
+    def test_saving_refuses_nan_and_keeps_the_old_file_when_it_fails(self, saved, monkeypatch):
+        """The last good adapter survives: a NaN in m, or a full disk, overwrites nothing."""
+        _, model, path = saved
+        was = path.read_bytes()
+        monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("no space left")))
+        with pytest.raises(RuntimeError, match="no space left"):
+            svft.save_adapter(model, path)
+        with torch.no_grad():
+            model[4].m[1] = math.nan
+        with pytest.raises(ValueError, match="layer '4': m: got NaN"):
+            svft.save_adapter(model, path)
+        assert path.read_bytes() == was and [p.name for p in path.parent.iterdir()] == ["adapter.pt"]
+
+
+# ---------------------------------------------------------------- Hugging Face, DDP, FSDP2
+
+
+@pytest.fixture(scope="module")
+def hf():
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("transformers", reason="pip install 'svft[gpt2]' to run the Hugging Face tests")
+
+
+def tiny(hf, kind, **options):
+    """A GPT-2 (Conv1D, square ones among them) or a Llama-style model with random weights."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = hf.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options)
+        return hf.GPT2LMHeadModel(config).eval(), ["c_attn", "c_proj", "c_fc"]
+    config = hf.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, **options)
+    return hf.LlamaForCausalLM(config).eval(), r".*\.(q|k|v|o|up|gate|down)_proj"
+
+
+both = pytest.mark.parametrize("kind", ["gpt2", "llama"])
+
+
+class TestHuggingFace:
+    @both
+    def test_inject_generate_merge_save_and_load_again(self, hf, kind, tmp_path):
+        """At m = 0 the same logits; adapted ones survive merge, save_pretrained and from_pretrained."""
+        model, targets = tiny(hf, kind)
+        ids = torch.tensor([[1, 5, 9, 7]])
+        start = model(ids).logits
+        svft.inject(model, targets)
+        assert len([m for m in model.modules() if isinstance(m, SVFTLinear)]) == (8 if kind == "gpt2" else 14)
+        near(model(ids).logits, start, 1e-5)
+        randomize(model, 0.3)
+        want, text = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert (want - start).abs().max() > 1e-2
+        svft.merge(model).save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        near(model(ids).logits, want, 1e-4)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(again.generate(ids, max_new_tokens=5, do_sample=False), text)
+        assert not any(isinstance(m, SVFTLinear) for m in again.modules())
+
+    @both
+    def test_the_trainer_trains_it_with_gradient_checkpointing(self, hf, kind, tmp_path):
+        """Trainer, gradient checkpointing and enable_input_require_grads: the m's move, nothing else does."""
+        pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+        model, targets = tiny(hf, kind)
+        svft.inject(model, targets)
+        model.enable_input_require_grads()
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 50, (8, 12))]
+        args = hf.TrainingArguments(tmp_path, max_steps=3, per_device_train_batch_size=4, learning_rate=0.05, gradient_checkpointing=True, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+        hf.Trainer(model, args, train_dataset=rows).train()
+        assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+        assert all(m.m.abs().max() > 1e-3 for m in model.modules() if isinstance(m, SVFTLinear))
+        svft.save_adapter(model, tmp_path / "a.pt")
+        fresh = svft.load_adapter(tiny(hf, kind)[0], tmp_path / "a.pt")
+        near(fresh(rows[0]["input_ids"][None]).logits, model.eval()(rows[0]["input_ids"][None]).logits, 1e-5)
+
+    def test_tied_weights_are_refused(self, hf):
+        """GPT-2's head is its embedding: adapting it would change both."""
+        model, _ = tiny(hf, "gpt2")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"layer 'lm_head': weight: got one shared with 'transformer\.wte'"):
+            svft.inject(model, ["lm_head"])
+        assert_untouched(model, before)
+
+
+def spawned(rank, folder, job):
+    """One of two processes of a gloo group."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        job(rank, Path(folder))
+    finally:
+        dist.destroy_process_group()
+
+
+def steps(model, shard):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for seed in range(4):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))[shard]
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def two_process_jobs(rank, folder):
+    """DDP, then FSDP2, in one group. Each process takes its half of every batch."""
+    from torch.distributed.fsdp import fully_shard
+
+    half = slice(4 * rank, 4 * rank + 4)
+    model = svft.inject(mlp(), ["0", "2", "4"])
+    steps(nn.parallel.DistributedDataParallel(model), half)
+    if rank == 0:
+        svft.save_adapter(model, folder / "ddp.pt")
+
+    model = svft.inject(mlp(width=64), ["0", "2", "4"])
+    whole = {n: p.numel() for n, p in model.named_parameters()}
+    for module in (model[0], model[2], model[4], model):
+        fully_shard(module)
+    for name, p in model.named_parameters():
+        assert abs(p.to_local().numel() - whole[name] / 2) <= whole[name] / p.shape[0], name  # half, to one row
+    steps(model, half)
+    svft.save_adapter(model, folder / "fsdp.pt")  # on every rank
+    for refused in (lambda: svft.merge(model), lambda: svft.load_adapter(model, folder / "fsdp.pt")):
+        with pytest.raises(TypeError, match="sharded"):
+            refused()
+
+
+class TestDistributed:
+    def test_two_processes_equal_one_with_the_same_global_batch(self, tmp_path):
+        """DDP; FSDP2 with W0, U and V halved on each rank. The adapter that they save loads on one process."""
+        if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+            pytest.skip("this torch has no gloo")
+        torch.multiprocessing.spawn(spawned, args=(str(tmp_path), two_process_jobs), nprocs=2)
+        for kind, width in (("ddp", 6), ("fsdp", 64)):
+            alone = steps(svft.inject(mlp(width=width), ["0", "2", "4"]), slice(None))
+            together = svft.load_adapter(mlp(width=width), tmp_path / f"{kind}.pt")
+            for i in (0, 2, 4):
+                assert alone[i].m.abs().max() > 1e-2
+                near(together[i].m, alone[i].m, 1e-5)
