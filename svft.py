@@ -820,7 +820,11 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
     modules = dict(model.named_modules(remove_duplicate=False))
     found: set[str] = set()
     for entry in [target_modules] if single else target_modules:
-        hits = {name for name in modules if re.fullmatch(entry if single else rf"(.*\.)?{re.escape(entry)}", name)}
+        try:
+            pattern = re.compile(entry if single else rf"(.*\.)?{re.escape(entry)}")
+        except re.error as error:
+            raise ValueError(f"target_modules: got {entry!r}, want a regular expression ({error})") from error
+        hits = {name for name in modules if pattern.fullmatch(name)}
         if not hits:
             hint = f"; to match ends of names, pass [{entry!r}]" if single else ""
             linear = [name for name, module in modules.items() if type(module).__name__ in ("Linear", "Conv1D")]
@@ -841,7 +845,8 @@ def _check_targets(model: nn.Module, names: Any) -> None:
             if not name:
                 raise ValueError("target_modules: got the model itself, want layers inside it; use SVFTLinear(model)")
             if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
-                raise ValueError("base: got a part of nn.TransformerEncoderLayer, which reads its weight directly")
+                why = "its inference reads the weight directly, past forward"
+                raise ValueError(f"base: got a part of nn.TransformerEncoderLayer, want another layer: {why}")
             for other, module in modules.items():
                 if other != name and any(p is base.weight for p in module._parameters.values()):
                     raise ValueError(f"weight: got one shared with {other!r} (tied), want a weight of its own")
@@ -849,6 +854,8 @@ def _check_targets(model: nn.Module, names: Any) -> None:
 
 def _base_weight(base: nn.Module) -> Tensor:
     """base's weight as W0 (d1, d2); raises unless SVFTLinear can take base's place."""
+    if isinstance(base, SVFTLinear):
+        raise TypeError("base: got an SVFTLinear already, want a plain layer: merge it first")
     weight = getattr(base, "weight", None)
     conv1d = type(base).__name__ == "Conv1D" and getattr(base, "nf", None) == getattr(weight, "shape", "?")[-1]
     if not (type(base) is nn.Linear or conv1d) or set(base._parameters) != {"weight", "bias"}:

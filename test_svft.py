@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.utils.prune
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -1340,3 +1340,316 @@ class TestDistributed:
             for i in (0, 2, 4):
                 assert alone[i].m.abs().max() > 1e-2
                 near(together[i].m, alone[i].m, 1e-5)
+
+
+# ---------------------------------------------------------------- bad input: one line each, with its reason
+
+
+def with_weight(weight):
+    """The small model with another weight in its middle layer."""
+    model = mlp()
+    model[2].weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    return model
+
+
+def wrapped(change):
+    """The small model after a change that makes its middle layer unfit."""
+    model = mlp()
+    change(model)
+    return model
+
+
+def norm_old(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model[2])
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def attention():
+    return nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "e": nn.TransformerEncoderLayer(8, 2, 16)})
+
+
+W = torch.eye(4, 3)
+O = omega_plain(3, 3)  # noqa: E741
+inject_2 = lambda model, **k: svft.inject(model, ["2"], **k)  # noqa: E731
+BAD = [
+    # what is wrong; the call, given the small model (or the one made by `on`); the error; what its text names
+    ("weight no tensor", lambda m: compute_svd([[1.0]]), TypeError, "weight: got list"),
+    ("weight integer", lambda m: compute_svd(torch.ones(2, 2, dtype=torch.int64)), TypeError, "weight: got torch.int64"),
+    ("weight complex", lambda m: compute_svd(torch.ones(2, 2, dtype=torch.complex64)), TypeError, "weight: got torch.complex64"),
+    ("weight bool", lambda m: compute_svd(torch.ones(2, 2) > 0), TypeError, "weight: got torch.bool"),
+    ("weight a vector", lambda m: compute_svd(torch.ones(3)), ValueError, r"weight: got shape \(3,\), want a matrix"),
+    ("weight a convolution's", lambda m: compute_svd(torch.ones(2, 2, 3)), ValueError, r"weight: got shape \(2, 2, 3\)"),
+    ("weight empty", lambda m: compute_svd(torch.ones(0, 3)), ValueError, r"weight: got a empty tensor of shape \(0, 3\)"),
+    ("weight on meta", lambda m: compute_svd(torch.ones(2, 3, device="meta")), ValueError, "weight: got a meta tensor"),
+    ("weight with NaN", lambda m: compute_svd(W * math.nan), ValueError, "weight: got NaN or inf"),
+    ("weight with inf", lambda m: compute_svd(W / 0), ValueError, "weight: got NaN or inf"),
+    ("LAPACK has no half", lambda m: compute_svd(W, dtype=torch.float16), ValueError, "dtype: got torch.float16"),
+    ("rank zero", lambda m: compute_svd(W, rank=0), ValueError, "rank: got 0"),
+    ("rank negative", lambda m: compute_svd(W, rank=-1), ValueError, "rank: got -1"),
+    ("rank a float", lambda m: compute_svd(W, rank=2.0), TypeError, "rank: got 2.0, want an int"),
+    ("rank of the full SVD", lambda m: compute_svd(W, rank=2, full_matrices=True), ValueError, "rank: got 2 with full"),
+    ("r1 zero", lambda m: omega_plain(0, 3), ValueError, "r1: got 0"),
+    ("r2 a string", lambda m: omega_plain(3, "3"), TypeError, "r2: got '3'"),
+    ("d negative", lambda m: omega_banded(3, 3, -1), ValueError, "d: got -1"),
+    ("d a float", lambda m: omega_banded(3, 3, 1.5), TypeError, "d: got 1.5"),
+    ("d a bool", lambda m: omega_banded(3, 3, True), TypeError, "d: got True"),
+    ("above negative", lambda m: omega_banded(3, 3, 1, above=-2), ValueError, "above: got -2"),
+    ("k zero", lambda m: omega_random(3, 3, 0), ValueError, "k: got 0"),
+    ("k over r1 r2", lambda m: omega_random(3, 3, 10), ValueError, "k: got 10, want 1 to 9"),
+    ("seed negative", lambda m: omega_random(3, 3, 2, seed=-1), ValueError, "seed: got -1"),
+    ("seed too large", lambda m: omega_random(3, 3, 2, seed=2**32), ValueError, "seed: got 4294967296"),
+    ("seed a float", lambda m: omega_random(3, 3, 2, seed=0.5), TypeError, "seed: got 0.5"),
+    ("top-k, k over r1 r2", lambda m: omega_top_k(torch.eye(2), torch.eye(2), 5), ValueError, "k: got 5, want 1 to 4"),
+    ("top-k, k zero", lambda m: omega_top_k(torch.eye(2), torch.eye(2), 0), ValueError, "k: got 0"),
+    ("top-k, rectangular", lambda m: omega_top_k(torch.ones(3, 2), torch.eye(2), 1), ValueError, "top_k: got a 3 x 2 weight"),
+    ("top-k, U no matrix", lambda m: omega_top_k(torch.ones(3), torch.eye(3), 1), ValueError, r"U: got shape \(3,\)"),
+    ("top-k, Vh integer", lambda m: omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1), TypeError, "Vh: got torch.int64"),
+    ("bound, shape of one", lambda m: svft.rank_bound(O, (3,)), ValueError, r"shape: got \(3,\)"),
+    ("bound, Omega outside", lambda m: svft.rank_bound(O, (3, 2)), ValueError, "omega: got up to"),
+    ("omega no tensor", lambda m: svft.term_rank([[0], [0]]), TypeError, "omega: got list"),
+    ("omega int32", lambda m: svft.term_rank(O.int()), TypeError, "omega: got torch.int32"),
+    ("omega (k, 2)", lambda m: svft.term_rank(O.T), ValueError, r"omega: got shape \(3, 2\), want \(2, k\)"),
+    ("omega empty", lambda m: svft.term_rank(O[:, :0]), ValueError, r"omega: got shape \(2, 0\)"),
+    ("omega unsorted", lambda m: svft.term_rank(O.flip(1)), ValueError, "omega: got unsorted or repeated"),
+    ("omega repeated", lambda m: svft.term_rank(O[:, [0, 0, 1]]), ValueError, "omega: got unsorted or repeated"),
+    ("omega negative", lambda m: svft.term_rank(O - 1), ValueError, "omega: got up to"),
+    ("omega outside M", lambda m: inject_2(m, pattern=omega_plain(7, 7)), ValueError, "layer '2': omega: got up to"),
+    ("pattern unknown", lambda m: inject_2(m, pattern="diagonal"), ValueError, "layer '2': pattern: got 'diagonal'"),
+    ("pattern None", lambda m: inject_2(m, pattern=None), ValueError, "pattern: got None"),
+    ("pattern returns no omega", lambda m: inject_2(m, pattern=lambda svd: 3), TypeError, "omega: got int"),
+    ("pattern returns one outside", lambda m: inject_2(m, pattern=lambda svd: O + 5), ValueError, "omega: got up to"),
+    ("k with banded", lambda m: inject_2(m, k=3), ValueError, "k: got 3 with pattern 'banded'"),
+    ("k with a tensor", lambda m: inject_2(m, pattern=O, k=3), ValueError, "k: got 3 with pattern"),
+    ("top-k in a rectangular layer", lambda m: svft.inject(m, ["2", "4"], "top_k"), ValueError, "layer '4': top_k: got"),
+    ("path unknown", lambda m: inject_2(m, path="sparse"), ValueError, "path: got 'sparse'"),
+    ("gather without W0", lambda m: inject_2(m, path="gather", keep_weight=False), ValueError, "path: got 'gather'"),
+    ("fused with a truncated SVD", lambda m: inject_2(m, path="fused", rank=2), ValueError, "rank: got a truncated SVD"),
+    ("no W0 and a truncated SVD", lambda m: inject_2(m, keep_weight=False, rank=2), ValueError, "rank: got a truncated"),
+    ("fused in half", lambda m: inject_2(m.half(), path="fused"), ValueError, "path: got torch.float16 factors"),
+    ("no W0 in half", lambda m: inject_2(m.bfloat16(), keep_weight=False), ValueError, "path: got torch.bfloat16 factors"),
+    ("an unknown option", lambda m: inject_2(m, ranks=2), TypeError, "layer '2'.*'ranks'"),
+    ("svd with its options", lambda m: inject_2(m, svd=compute_svd(m[2].weight), rank=2), ValueError, "svd: got svd= together"),
+    ("svd of another weight", lambda m: inject_2(m, svd=compute_svd(torch.randn(6, 6))), ValueError, "svd: got factors with"),
+    ("svd of other shapes", lambda m: inject_2(m, svd=compute_svd(W)), ValueError, "svd: got shapes"),
+    ("svd not orthonormal", lambda m: inject_2(m, svd=SVD(m[2].weight, torch.ones(6), torch.eye(6))), ValueError, "svd: got"),
+    ("svd no triple", lambda m: inject_2(m, svd=torch.eye(6)), TypeError, "svd: got Tensor"),
+    ("svd with NaN", lambda m: inject_2(m, svd=SVD(torch.eye(6) * math.nan, torch.ones(6), torch.eye(6))), ValueError, "svd: got"),
+    ("inject seed", lambda m: inject_2(m, seed=-1), ValueError, "seed: got -1"),
+    ("model no module", lambda m: svft.inject({}, ["2"]), TypeError, "model: got dict"),
+    ("targets a number", lambda m: svft.inject(m, 2), TypeError, "target_modules: got 2"),
+    ("targets of numbers", lambda m: svft.inject(m, [2]), TypeError, r"target_modules: got \[2\]"),
+    ("targets empty", lambda m: svft.inject(m, []), ValueError, r"target_modules: got \[\]"),
+    ("targets an empty string", lambda m: svft.inject(m, ""), ValueError, "target_modules: got ''"),
+    ("targets match nothing", lambda m: svft.inject(m, ["7"]), ValueError, "'7', which matches nothing"),
+    ("targets no regular expression", lambda m: svft.inject(m, "2("), ValueError, r"target_modules: got '2\('"),
+    ("target no linear layer", lambda m: svft.inject(m, ["1"]), TypeError, "layer '1': base: got torch.nn.modules.activation.Tanh"),
+    ("target the whole model", lambda m: svft.inject(m, ".*"), TypeError, "layer '': base: got .*Sequential"),
+    ("target the model itself", lambda m: svft.inject(m[2], ".*"), ValueError, "got the model itself"),
+    ("base a subclass", lambda m: SVFTLinear(Subclass(2, 2)), TypeError, "base: got .*Subclass, want exactly nn.Linear"),
+    ("base no module", lambda m: SVFTLinear(3), TypeError, "base: got builtins.int"),
+    ("base a convolution", lambda m: SVFTLinear(nn.Conv1d(2, 2, 1)), TypeError, "base: got .*Conv1d"),
+    ("merge no module", lambda m: svft.merge(3), TypeError, "model: got int"),
+    ("disabled no module", lambda m: svft.disabled(3).__enter__(), TypeError, "model: got int"),
+    ("summary no module", lambda m: svft.summary(3), TypeError, "model: got int"),
+    ("nothing to save", lambda m: svft.save_adapter(m, "never.pt"), ValueError, "model: got one without an SVFTLinear"),
+    ("no file to load", lambda m: svft.load_adapter(m, "never.pt"), FileNotFoundError, "never.pt"),
+]
+BAD_MODELS = [
+    # what is wrong; the model; the target; the error; what its text names
+    ("NaN", with_weight(torch.full((6, 6), math.nan)), "2", ValueError, "weight: got NaN"),
+    ("integers", with_weight(torch.ones(6, 6).to(torch.int8)), "2", TypeError, "weight: got torch.int8"),
+    ("float8", with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)), "2", TypeError, "weight: got torch.float8"),
+    ("meta", mlp().to("meta"), "2", ValueError, "weight: got a meta tensor"),
+    ("no inputs", with_weight(torch.ones(6, 0)), "2", ValueError, r"weight: got a empty tensor"),
+    ("parametrised", wrapped(lambda m: nn.utils.parametrizations.orthogonal(m[2])), "2", TypeError, "Parametrized"),
+    ("weight-normed", wrapped(lambda m: nn.utils.parametrizations.weight_norm(m[2])), "2", TypeError, "Parametrized"),
+    ("weight-normed, old way", wrapped(norm_old), "2", TypeError, "base: got .*Linear"),
+    ("pruned", wrapped(lambda m: nn.utils.prune.l1_unstructured(m[2], "weight", 3)), "2", TypeError, "base: got"),
+    ("a forward hook", wrapped(lambda m: m[2].register_forward_hook(print)), "2", ValueError, "got hooks"),
+    ("a forward pre-hook", wrapped(lambda m: m[2].register_forward_pre_hook(print)), "2", ValueError, "got hooks"),
+    ("a forward of its own", wrapped(lambda m: setattr(m[2], "forward", print)), "2", ValueError, "got hooks or a forward"),
+    ("injected already", wrapped(lambda m: svft.inject(m, ["2"])), "2", TypeError, "got an SVFTLinear already"),
+    ("under two names", wrapped(lambda m: m.append(m[2])), "2", ValueError, "shared with '5'"),
+    ("a tied weight", wrapped(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)), "2", ValueError, "'5'"),
+    ("an attention's own projection", attention(), "a.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
+    ("an encoder layer's inner one", attention(), "e.linear1", ValueError, "inference reads the weight"),
+    ("an embedding", nn.ModuleDict({"wte": nn.Embedding(4, 3)}), "wte", TypeError, "base: got .*Embedding"),
+    ("a bilinear layer", nn.ModuleDict({"b": nn.Bilinear(2, 2, 2)}), "b", TypeError, "base: got .*Bilinear"),
+]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("call, error, text", [pytest.param(*b[1:], id=b[0].replace(" ", "-")) for b in BAD])
+    def test_it_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
+        """The error names the argument, what it got and what it wants; the model is bit-identical afterwards."""
+        monkeypatch.chdir(tmp_path)
+        model = mlp()
+        modules, before = list(model.modules()), {n: p.detach().clone() for n, p in model.named_parameters()}
+        with pytest.raises(error, match=text) as caught:
+            call(model)
+        assert error is FileNotFoundError or "want" in str(caught.value) or "unexpected keyword" in str(caught.value)
+        assert modules == list(model.modules()) and list(tmp_path.iterdir()) == []
+        assert all(torch.equal(p.float(), before[n].to(p.dtype).float()) and p.requires_grad for n, p in model.named_parameters())
+
+    @pytest.mark.parametrize("model, target, error, text", [pytest.param(*b[1:], id=b[0].replace(" ", "-")) for b in BAD_MODELS])
+    def test_a_layer_it_cannot_serve_is_refused_and_named(self, model, target, error, text):
+        """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do."""
+        before = [(n, id(m)) for n, m in model.named_modules()], [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+        with pytest.raises(error, match=text) as caught:
+            svft.inject(model, [target])
+        assert f"layer {target!r}" in str(caught.value) and "want" in str(caught.value)
+        assert before == ([(n, id(m)) for n, m in model.named_modules()], [(n, id(p), p.requires_grad) for n, p in model.named_parameters()])
+
+
+# ---------------------------------------------------------------- numbers of the paper: trainable parameters
+
+
+def dims(hidden, kv, up, cross=None):
+    """One layer's weights, (d1, d2): q, k, v, o of an attention and gate, up, down of its MLP."""
+    cross = cross or hidden
+    return {"q": (cross, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, cross), "gate": (up, hidden), "up": (up, hidden), "down": (hidden, up)}
+
+
+def encoder(width, up):
+    return {name: (width, width) for name in "qkvo"} | {"up": (up, width), "down": (width, up)}
+
+
+MODELS = {
+    "Gemma-2B": (18, dims(2048, 256, 16384)),
+    "Gemma-7B": (28, dims(3072, 4096, 24576, cross=4096)),
+    "LLaMA-3-8B": (32, dims(4096, 1024, 14336)),
+    "DeBERTaV3-base": (12, encoder(768, 3072)),
+    "ViT-B": (12, encoder(768, 3072)),
+    "ViT-L": (24, encoder(1024, 4096)),
+}
+EVERY = "q k v o up down gate"
+
+
+def trained_by_svft(model, modules, d, rank=None):
+    """What an omega has, from shapes alone; random and top-k of a given d have the same number."""
+    number, shapes = MODELS[model]
+    size = {name: min(*shapes[name], rank or 10**9) for name in modules.split()}
+    return number * sum(omega_banded(n, n, d).shape[1] for n in size.values())
+
+
+def trained_by_lora(model, modules, r):
+    number, shapes = MODELS[model]
+    return number * sum(r * sum(shapes[name]) for name in modules.split())
+
+
+COUNTS = [
+    # table, setting, count, what the paper prints (in its own unit: a regex-free string)
+    ("1", trained_by_svft, ("Gemma-2B", EVERY, 0), 193_536, "0.19M"),
+    ("1", trained_by_svft, ("Gemma-2B", EVERY, 16), 6_352_416, "6.35M"),
+    ("5", trained_by_svft, ("Gemma-2B", EVERY, 8), 3_281_040, "3.3M"),
+    ("1", trained_by_lora, ("Gemma-2B", "q k v up down", 1), 820_224, "0.82M"),
+    ("1", trained_by_lora, ("Gemma-2B", "q k v up down", 32), 26_247_168, "26.2M"),
+    ("1", trained_by_svft, ("Gemma-7B", EVERY, 16), 19_816_384, "19.8M"),
+    ("1", trained_by_lora, ("Gemma-7B", "q k v up down", 32), 68_812_800, "68.8M"),
+    ("1", trained_by_svft, ("LLaMA-3-8B", "up down o gate", 12), 13_087_232, "13.1M"),
+    ("1", trained_by_lora, ("LLaMA-3-8B", "q k v up down", 1), 1_769_472, "1.77M"),
+    ("1", trained_by_lora, ("LLaMA-3-8B", "q k v up down", 32), 56_623_104, "56.6M"),
+    ("3", trained_by_svft, ("DeBERTaV3-base", "q k v o up down", 0), 55_296, "0.06M"),
+    ("3", trained_by_svft, ("DeBERTaV3-base", "q k v o up down", 2), 276_048, "0.28M"),
+    ("4", trained_by_svft, ("ViT-B", "q v", 0), 18_432, "18.5K"),
+    ("4", trained_by_svft, ("ViT-B", "q k v o up down", 2), 276_048, "0.28M"),
+    ("9", trained_by_svft, ("ViT-B", "q k v o up down", 4), 496_224, "0.50M"),
+    ("9", trained_by_svft, ("ViT-B", "q k v o up down", 8), 934_848, "0.93M"),
+    ("4", trained_by_svft, ("ViT-L", "q v", 0), 49_152, "49.2K"),
+    ("4", trained_by_svft, ("ViT-L", "q k v o up down", 2), 736_416, "0.74M"),
+    ("9", trained_by_svft, ("ViT-L", "q k v o up down", 4), 1_324_224, "1.32M"),
+    ("9", trained_by_svft, ("ViT-L", "q k v o up down", 8), 2_496_384, "2.50M"),
+    ("10", trained_by_svft, ("Gemma-2B", EVERY, 64, 128), 1_556_352, "1.55M"),
+    ("10", trained_by_svft, ("Gemma-2B", EVERY, 0, 1536), 147_456, "0.15M"),
+    ("10", trained_by_svft, ("Gemma-2B", EVERY, 2, 1536), 736_524, "0.74M"),
+]
+SLIPS = [
+    # table, setting, what its text gives, what the paper prints, the modules that would give the printed number
+    ("1", ("Gemma-7B", EVERY, 0), 602_112, 430_000, 5 * 28 * 3072),
+    ("2", ("Gemma-7B", EVERY, 0), 602_112, 510_000, 6 * 28 * 3072),
+    ("2", ("Gemma-7B", EVERY, 8), 10_221_792, 9_800_000, None),
+    ("1", ("LLaMA-3-8B", "up down o gate", 0), 524_288, 480_000, None),
+    ("4", ("ViT-B", "q k v up down", 2), 230_040, 280_000, 276_048),
+]
+
+
+class TestTrainableParameters_Tables_1_to_10:
+    @pytest.mark.parametrize("table, count, setting, want, printed", COUNTS)
+    def test_a_count_of_the_paper_follows_from_shapes_alone(self, table, count, setting, want, printed):
+        """Exactly our number, which rounds (or, once or twice, truncates) to the one printed."""
+        assert count(*setting) == want
+        digits, unit = printed[:-1], {"M": 1e6, "K": 1e3}[printed[-1]]
+        step = 10.0 ** -len(digits.partition(".")[2])
+        assert abs(want / unit - float(digits)) < step, "more than one unit in the last printed digit"
+
+    @pytest.mark.parametrize("table, setting, want, printed, explained", SLIPS)
+    def test_a_slip_of_the_paper_is_a_slip(self, table, setting, want, printed, explained):
+        """What the text describes gives another number than the table prints; fewer or more modules explain some."""
+        assert trained_by_svft(*setting) == want and abs(want - printed) > 0.04 * printed
+        assert explained is None or abs(explained - printed) < 0.015 * printed
+
+    def test_gemma_7bs_lora_count_is_gemma_2bs(self):
+        """Table 1 prints 0.82M for Gemma-7B's LoRA r = 1; its own shapes give 2,150,400."""
+        assert trained_by_lora("Gemma-7B", "q k v up down", 1) == 2_150_400
+        assert round(trained_by_lora("Gemma-2B", "q k v up down", 1) / 1e6, 2) == 0.82
+
+    def test_the_layers_train_what_the_formulas_say(self):
+        """The counts above are those of real layers: len(m) of a square and of a rectangular one."""
+        for shape, d in (((12, 12), 2), ((12, 5), 1), ((5, 12), 0)):
+            n = min(shape)
+            layer = SVFTLinear(plain_layer(*shape), "banded", d)
+            assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == n * (2 * d + 1) - d * (d + 1)
+
+
+# ---------------------------------------------------------------- memory, counted, not timed
+
+
+def held_for_backward(layer, x):
+    """Bytes that forward leaves for backward, beyond the layer's own tensors and the input x."""
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
+    seen = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(seen.values())
+
+
+class TestMemory:
+    @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
+    @pytest.mark.parametrize("d", [0, 16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_forward_keeps_for_backward_does_not_grow_with_k(self, path, d, dtype):
+        """gather and fused: one (n, T) float32 tensor; dense: one d1 x d2 matrix, and in half V^T in float32 (D11)."""
+        if path == "fused" and dtype == torch.bfloat16:
+            return  # refused (D14)
+        d1, d2, T = 96, 64, 40
+        layer = randomize(SVFTLinear(plain_layer(d1, d2, dtype=dtype), "banded", d, path=path))
+        x = torch.randn(T, d2).to(dtype).requires_grad_()
+        small = 16 * len(layer.m) + 64 * d1  # embedding_bag's own index lists: some bytes an entry and a row
+        n = min(d1, d2)
+        limit = n * T * 4 if path != "dense" else d1 * d2 * 4 if dtype == torch.float32 else d1 * d2 * 2 + n * d2 * 4
+        assert 0 < held_for_backward(layer, x) <= limit + small
+
+    def test_frozen_storage_of_gpt2s_block(self):
+        """U and V add at most 1.35 times W0, and may replace it: 2.35 with W0 kept, 1.35 without."""
+        shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+        kept = freed = W0 = 0
+        for d1, d2 in shapes:
+            n, W0 = min(d1, d2), W0 + d1 * d2
+            factors = d1 * n + n + n * d2
+            kept, freed = kept + d1 * d2 + factors, freed + factors
+        assert kept <= 2.35 * W0 and freed <= 1.35 * W0
+        for keep in (True, False):  # and a real layer holds just that
+            layer = SVFTLinear(nn.Linear(6, 18, bias=False), keep_weight=keep)
+            frozen = sum(p.numel() for p in layer.parameters() if not p.requires_grad)
+            assert frozen == 18 * 6 * keep + 18 * 6 + 6 + 6 * 6
