@@ -1137,9 +1137,9 @@ class TestAdapterFile:
                 svft.load_adapter(target, tmp_path / "without.pt")
             assert_untouched(target, before)
             near(svft.load_adapter(target, tmp_path / "with.pt")[0].merged_weight(), want, 1e-5)
-        other = nn.Sequential(nn.Linear(6, 6))
-        with pytest.raises(ValueError, match="layer '0': svd: got factors with a relative error"):
-            svft.load_adapter(other, tmp_path / "with.pt")  # stored bases must still be an SVD of the weight
+        for other in (nn.Sequential(nn.Linear(6, 6)), svft.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], "banded", 1)):
+            with pytest.raises(ValueError, match="layer '0': svd: got factors with a relative error"):
+                svft.load_adapter(other, tmp_path / "with.pt")  # stored bases must still be an SVD of the weight
 
     def test_the_full_svd_always_stores_its_bases(self, tmp_path, monkeypatch):
         """Its extra columns are an arbitrary choice of LAPACK's: a build that chooses otherwise must not matter."""
@@ -1653,3 +1653,134 @@ class TestMemory:
             layer = SVFTLinear(nn.Linear(6, 18, bias=False), keep_weight=keep)
             frozen = sum(p.numel() for p in layer.parameters() if not p.requires_grad)
             assert frozen == 18 * 6 * keep + 18 * 6 + 6 + 6 * 6
+
+
+# ---------------------------------------------------------------- the documents
+
+
+def code_blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+class TestDocuments:
+    def test_the_examples_in_the_docstrings_run(self):
+        """Every public name has a docstring; doctest finds and runs what they show."""
+        torch.manual_seed(0)
+        failed, run = doctest.testmod(svft, extraglobs={"torch": torch, "nn": nn})
+        assert failed == 0 and run >= 12
+        assert all(inspect.getdoc(getattr(svft, name)) for name in svft.__all__)
+
+    def test_the_readmes_python_runs_and_prints_what_it_says(self, tmp_path, monkeypatch):
+        """Each block in turn, in one namespace; a line ending in `# -> text` prints that text."""
+        monkeypatch.chdir(tmp_path)
+        blocks = code_blocks((HERE / "README.md").read_text(encoding="utf-8"), "python")
+        names, shown = {}, 0
+        for block in blocks:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block, "README.md", "exec"), names)
+            want = re.findall(r"# -> (.*)", block)
+            assert out.getvalue().splitlines() == want
+            shown += len(want)
+        assert blocks and shown >= 2
+
+    def test_the_deviation_tags_and_the_rows_of_the_notes_are_the_same(self):
+        """A tag in svft.py names a row of the deviations table, and every row has its tag."""
+        notes = (HERE / "paper_notes.md").read_text(encoding="utf-8")
+        rows = re.findall(r"^\| (D\d+) \|", notes, flags=re.M)
+        tags = set(re.findall(r"\bD\d+\b", inspect.getsource(svft)))
+        assert len(rows) == len(set(rows)) and set(rows) == tags == {f"D{i}" for i in range(1, len(rows) + 1)}
+
+    def test_the_tests_that_the_notes_name_exist(self):
+        """`test_...` in paper_notes.md is a test of this file; `name()` in its tables is a name of svft.py."""
+        notes, tests = (HERE / "paper_notes.md").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")
+        named = set(re.findall(r"`(test_\w+)`", notes)) - {"test_svft"}
+        assert len(named) >= 30 and not [name for name in named if f"def {name}(" not in tests]
+
+    def test_the_module_stands_alone(self):
+        """svft.py is pasted into projects: the standard library, torch and numpy, and nothing happens at import."""
+        source = inspect.getsource(svft)
+        imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M)) - {"__future__"}
+        assert imported - set(sys.stdlib_module_names) == {"torch", "numpy"}
+        assert set(svft.__all__) == {n for n, v in vars(svft).items() if getattr(v, "__module__", 0) == "svft" and n[0] != "_"}
+        assert f"svft.py {svft.__version__}" in source.splitlines()[0] and "Apache-2.0" in source.splitlines()[1]
+
+
+# ---------------------------------------------------------------- mutation proof: what this spec would catch
+
+MUTATIONS = [
+    # svft.py has this; change it to this; and this test fails
+    # -- the SVD
+    ("if d1 < d2:\n        U, Vh = Vh.T, U.T", "if d1 < d2:\n        U, Vh = Vh.T, U.T.flip(0)", "factors_are_orthonormal_and_reproduce"),
+    ("    svd = _canonical(SVD(U, S, Vh))", "    svd = SVD(U, S, Vh)", "signs_are_canonical"),
+    ("return SVD(U * u.T, S, Vh * torch", "return SVD(U * u.T, S, Vh + 0 * torch", "factors_are_orthonormal_and_reproduce"),
+    ("A.abs().argmax(1", "A.argmax(1", "signs_are_canonical"),
+    ("weight if weight.is_cuda else weight.cpu()).to(dtype)", "weight if weight.is_cuda else weight.cpu()).float()", "computed_in_float64"),
+    ("out = torch.promote_types(weight.dtype, torch.float32)", "out = torch.float32", "computed_in_float64"),
+    ("r1, r2 = (d1, d2) if full_matrices", "r1, r2 = (n, n) if full_matrices", "factors_are_orthonormal_and_reproduce"),
+    # -- Omega
+    ("inside = (j >= 0) & (j < r2)", "inside = (j > 0) & (j < r2)", "banded_is_its_definition"),
+    ("-min(d, r1 - 1), min(above", "-min(above, r1 - 1), min(above", "banded_is_its_definition"),
+    ("return omega_banded(r1, r2, 0)", "return omega_banded(r1, r2, 1)", "plain_is_the_diagonal"),
+    (".choice(r1 * r2, k, replace=False)", ".choice(r1 * r2, k, replace=True)", "random_draws_k_distinct"),
+    ("RandomState(seed).choice", "RandomState().choice", "random_draws_k_distinct"),
+    ("flat = np.sort(np", "flat = np.array(np", "random_draws_k_distinct"),
+    ("alignment = (U.T @ Vh.T).abs()", "alignment = (U.T @ Vh.T)", "top_k_counts_strong_negative"),
+    ("alignment = (U.T @ Vh.T).abs()", "alignment = (U @ Vh).abs()", "top_k_takes_the_largest"),
+    ("k = omega_banded(r1, r2, d).shape[1] if k is None", "k = d if k is None", "as_many_entries_as_the_band"),
+    ("if j not in came_from:", "if j not in came_from and j not in row_of:", "term_rank_is_the_largest_matching"),
+    ("column_of[i], row_of[free], free = free, i, previous", "column_of[i], row_of[free], free = free, i, None", "term_rank_is_the_largest"),
+    ("return min(_check_omega(omega, d1, d2).shape[1], d1, d2)", "return min(d1, d2)", "rank_is_at_most_term_rank"),
+    ("if not found[0] <= found[1] <= found[2]:", "if False:", "a_rank_above_its_bound"),
+    # -- the layer
+    ("self.m = nn.Parameter(torch.zeros(", "self.m = nn.Parameter(1e-3 * torch.ones(", "training_starts_at_W0"),
+    ("requires_grad=False)\n\n        accurate", "requires_grad=True)\n\n        accurate", "only_m_trains"),
+    ("Y[:n].addcmul_(self.S[:, None].to(m.dtype), Z[:n])", "Y[:n].add_(Z[:n])", "every_path_equals"),
+    ("F.embedding_bag(self.omega[1], Z", "F.embedding_bag(self.omega[0], Z", "every_path_equals"),
+    ("per_sample_weights=m)", "per_sample_weights=m.detach())", "every_path_equals"),
+    ("self._base_product(x, self.weight) + (y.T", "self._base_product(x, self.weight) - (y.T", "every_path_equals"),
+    ("F.linear(y.T, self.U, self.bias)", "F.linear(y.T, self.U)", "every_path_equals"),
+    ("W.T if self._transposed else W)\n\n    def _gather", "W)\n\n    def _gather", "every_path_equals"),
+    ("if low and self.weight is not None:\n            delta", "if False:\n            delta", "lose_no_small_update"),
+    ("m = m.to(torch.promote_types(m.dtype, torch.float32))", "m = m.to(self.U.dtype)", "lose_no_small_update"),
+    ("        self._check_path()\n        if self._disabled:", "        if self._disabled:", "refuses_a_later_half"),
+    ("if path == \"dense\" or T == 0:", "if path == \"dense\":", "training_starts_at_W0"),
+    ("with torch.autocast(x.device.type, enabled=False):", "if True:", "autocast_agrees"),
+    ("return self.U.to(Y.dtype) @ Y", "return (self.U.to(Y.dtype) @ Y).detach()", "every_path_equals"),
+    # -- merge, inject, disabled
+    ("W = (W0 + delta).to(self.U.dtype)", "W = W0 + delta.to(self.U.dtype)", "merge_rounds_once"),
+    ("if lost > 0.1:", "if lost > 2:", "warns_with_the_figure"),
+    ("return layer.train(self.training)", "return layer", "type_layout_dtype"),
+    ("nn.Parameter(self.bias.clone(), requires", "nn.Parameter(self.bias, requires", "type_layout_dtype"),
+    ("layer.weight = nn.Parameter((W.T if self._transposed else W)", "layer.weight = nn.Parameter((W)", "merged_layer_computes"),
+    ("rf\"(.*\\.)?{re", "rf\".*{re", "targets_are_matched"),
+    ("if id(parameter) not in trained:", "if parameter.ndim != 1:", "freezes_everything_but_the_ms"),
+    ("(seed + zlib.crc32(name.encode()))", "(seed + 0)", "another_omega_for_each_layer"),
+    ("layer._disabled -= 1", "layer._disabled = 0", "inside_disabled"),
+    ("if other != name and any(p is base.weight", "if False and any(p is base.weight", "refused_and_named"),
+    ("if omega is not None and not torch.equal(omega.cpu()", "if False and not torch.equal(omega.cpu()", "another_omega_is_refused"),
+    # -- files
+    ("        _check_svd(svd, weight)\n        if", "        if", "damaged_or_foreign"),
+    ("or not torch.equal(svd.U, _canonical(svd).U)", "", "damaged_or_foreign"),
+    ("weight, r1, r2, dtype)}.pt", "weight, r1, r2)}.pt", "changes_the_file"),
+    ("if not difference <= 1e-3 * norm:", "if False:", "flipped_signs_are_refused"),
+    ("content[\"sha256\"] != _sha256(content[\"layers\"])", "False", "no_whole_adapter"),
+    ("        os.replace(temporary, path)\n    finally:", "        os.replace(temporary, path)\n    except OSError:", "fails_half_way"),
+    ("if bases or full else {}", "if bases else {}", "full_svd_always_stores"),
+    ("if not torch.equal(layer.omega.cpu(), entry[\"omega\"]):", "if False:", "other_omegas_are_refused"),
+    ("        _check_svd(svd, layer._W0())", "        pass", "rotated_degenerate"),
+    ("if missing := sorted(have.keys() - entries.keys()):", "if missing := []:", "layers_that_the_file_does_not_have"),
+]
+
+
+@pytest.mark.mutation
+class TestMutationProof:
+    @pytest.mark.parametrize("old, new, test", MUTATIONS, ids=[f"{i + 1}-{m[2]}" for i, m in enumerate(MUTATIONS)])
+    def test_a_one_line_breakage_is_caught(self, tmp_path, old, new, test):
+        """svft.py with one thing changed: the test named must fail."""
+        source = (HERE / "svft.py").read_text(encoding="utf-8")
+        assert source.count(old) == 1 and old != new, "the table is out of date"
+        (tmp_path / "svft.py").write_text(source.replace(old, new), encoding="utf-8")
+        (tmp_path / "test_svft.py").write_bytes(Path(__file__).read_bytes())
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", test, "test_svft.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+        assert done.returncode == 1 and "failed" in done.stdout, f"survived:\n{old}\n->\n{new}\n{done.stdout[-1500:]}"
