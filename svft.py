@@ -45,6 +45,7 @@ weights that are sharded already. A tag such as D3 names a row of the deviations
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import logging
@@ -153,15 +154,17 @@ def _canonical(svd: SVD) -> SVD:
 
 def _read_svd(file: Path, weight: Tensor, r1: int, r2: int) -> SVD | None:
     """A cached SVD, or None: a missing, short, corrupt or foreign file is a miss, and will be replaced."""
-    if not file.is_file():
-        return None
     try:
         content = torch.load(file, map_location=weight.device, weights_only=True)  # executes nothing
-        svd = SVD(*(content[name] for name in SVD._fields))
+        svd = SVD(*(content[name].contiguous() for name in SVD._fields))
         _check_svd(svd, weight)
-        if (svd.U.shape[1], svd.Vh.shape[0]) != (r1, r2) or not torch.equal(svd.U, _canonical(svd).U):
-            raise ValueError("other signs or sizes")
+        same = all(map(torch.equal, svd, _canonical(svd)))
+        wanted = (r1, r2), torch.promote_types(weight.dtype, torch.float32)
+        if ((svd.U.shape[1], svd.Vh.shape[0]), svd.U.dtype) != wanted or not same:
+            raise ValueError("other signs, sizes or dtype")
         return svd
+    except FileNotFoundError:
+        return None
     except Exception as error:  # whatever torch.load or a foreign content may raise
         log.warning("cache_dir: %s is no SVD of this weight (%s); computing it again", file, error)
         return None
@@ -174,22 +177,24 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
     """
     if not (isinstance(svd, tuple) and len(svd) == 3 and all(isinstance(t, Tensor) for t in svd)):
         raise TypeError(f"svd: got {type(svd).__name__}, want an SVD(U, S, Vh) of tensors")
-    shapes, limit = [tuple(t.shape) for t in svd], 1e-2 if svd[0].dtype in HALF else 2e-5
+    shapes = [tuple(t.shape) for t in svd]
+    r1, r2 = shapes[0][-1:], shapes[2][:1]
+    if shapes != [(W0.shape[0], *r1), min(r1, r2), (*r2, W0.shape[1])] or not all(r1 + r2):
+        raise ValueError(f"svd: got shapes {shapes}, want (d1, r1), (min(r1, r2),), (r2, d2) for {tuple(W0.shape)}")
+    limit = 1e-2 if W0.dtype in HALF and svd[0].dtype in HALF else 2e-5
     dtype = torch.promote_types(W0.dtype, torch.float32)
     (U, S, Vh), W0 = (t.detach().to(W0.device, dtype) for t in svd), W0.detach().to(dtype)
-    r1, r2, n = U.shape[-1], Vh.shape[0], min(U.shape[-1], Vh.shape[0])
-    if shapes != [(W0.shape[0], r1), (n,), (r2, W0.shape[1])]:
-        raise ValueError(f"svd: got shapes {shapes}, want (d1, r1), (min(r1, r2),), (r2, d2) for {tuple(W0.shape)}")
-    rng = np.random.RandomState(0)
-    g, h = (torch.as_tensor(rng.standard_normal((r, 4))).to(U) for r in (r1, r2))  # (r1, 4), (r2, 4)
-    Ug, Vg = U @ g, Vh.T @ h  # (d1, 4), (d2, 4)
-    top = float(S.max())
-    errors = [
-        ("U^T U = I", U.T @ Ug - g, g.norm()),
-        ("V^T V = I", Vh @ Vg - h, h.norm()),
-        ("W0 V = U Sigma", W0 @ Vg - U[:, :n] @ (S[:, None] * h[:n]), top * h.norm()),
-        ("W0^T U = V Sigma", W0.T @ Ug - Vh[:n].T @ (S[:, None] * g[:n]), top * g.norm()),
-    ]
+    rng, n, top = np.random.RandomState(0), len(S), S.abs().max()
+    g, h = (torch.from_numpy(rng.standard_normal((*r, 4))).to(U) for r in (r1, r2))  # (r1, 4), (r2, 4)
+    with _no_autocast(U):
+        Ug, Vg = U @ g, Vh.T @ h  # (d1, 4), (d2, 4)
+        errors = [
+            ("U^T U = I", U.T @ Ug - g, g.norm()),
+            ("V^T V = I", Vh @ Vg - h, h.norm()),
+            ("W0 V = U Sigma", W0 @ Vg - U[:, :n] @ (S[:, None] * h[:n]), top * h.norm()),
+            ("W0^T U = V Sigma", W0.T @ Ug - Vh[:n].T @ (S[:, None] * g[:n]), top * g.norm()),
+            ("Sigma sorted, >= 0", S - S.abs().sort(descending=True).values, top),
+        ]
     for law, difference, scale in errors:
         if not bool(difference.norm() <= limit * scale):
             error = float(difference.norm() / scale)
@@ -223,7 +228,7 @@ def omega_banded(r1: int, r2: int, d: int, above: int | None = None) -> Tensor:
     i = np.arange(r1)[:, None]  # (r1, 1)
     j = i + np.arange(-min(d, r1 - 1), min(above, r2 - 1) + 1)  # (r1, width of the band)
     inside = (j >= 0) & (j < r2)
-    return torch.from_numpy(np.stack([np.broadcast_to(i, j.shape)[inside], j[inside]]))
+    return torch.from_numpy(np.stack([np.broadcast_to(i, j.shape)[inside], j[inside]]).astype(np.int64))
 
 
 def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
@@ -237,7 +242,7 @@ def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
     r1, r2 = _check_int("r1", r1, 1), _check_int("r2", r2, 1)
     k, seed = _check_int("k", k, 1, r1 * r2), _check_int("seed", seed, 0, 2**32 - 1)
     flat = np.sort(np.random.RandomState(seed).choice(r1 * r2, k, replace=False))
-    return torch.from_numpy(np.stack([flat // r2, flat % r2]))
+    return torch.from_numpy(np.stack([flat // r2, flat % r2]).astype(np.int64))
 
 
 def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
@@ -266,8 +271,8 @@ def rank_bound(omega: Tensor, shape: Sequence[int]) -> int:
     >>> rank_bound(omega_banded(4, 4, 1), (4, 8))
     4
     """
-    if len(shape) != 2:
-        raise ValueError(f"shape: got {tuple(shape)}, want (d1, d2)")
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ValueError(f"shape: got {shape!r}, want (d1, d2)")
     d1, d2 = _check_int("d1", shape[0], 1), _check_int("d2", shape[1], 1)
     return min(_check_omega(omega, d1, d2).shape[1], d1, d2)
 
@@ -284,24 +289,21 @@ def term_rank(omega: Tensor) -> int:
     columns: dict[int, list[int]] = {}  # of each row
     for i, j in _check_omega(omega).T.tolist():
         columns.setdefault(i, []).append(j)
-    row_of: dict[int, int] = {}  # the matching, from both sides
-    column_of: dict[int, int] = {}
+    row_of: dict[int, int] = {}  # the matching: column -> row
     for start in columns:  # search, breadth first, for a way from this row to a free column
-        came_from: dict[int, int] = {}  # column -> the row it was reached from
-        queue, free = [start], None
-        while queue and free is None:
-            i = queue.pop(0)
+        came: dict[int, tuple[int, int | None]] = {}  # column -> (row it was reached from, that row's own column)
+        queue: list[tuple[int, int | None]] = [(start, None)]
+        for i, own in queue:  # it grows meanwhile
             for j in columns[i]:
-                if j not in came_from:
-                    came_from[j] = i
-                    if j not in row_of:
-                        free = j
-                        break
-                    queue.append(row_of[j])
+                if j not in came:
+                    came[j] = i, own
+                    if j in row_of:
+                        queue.append((row_of[j], j))
+            free = next((j for j in columns[i] if j not in row_of), None)
+            if free is not None:
+                break
         while free is not None:  # and back: each row on the way moves on to the column it led to
-            i = came_from[free]
-            previous = column_of.get(i)
-            column_of[i], row_of[free], free = free, i, previous
+            row_of[free], free = came[free]
     return len(row_of)
 
 
@@ -320,7 +322,8 @@ class SVFTLinear(nn.Module):
 
     m starts at zero (D6) and passes no gate (D7). It is float32 (float64 for a float64 weight), as is S; U and
     Vh have the weight's dtype (D12). At m = 0 dense and gather give base's output bit for bit, fused to float32
-    rounding. A later .to(dtype) converts m too: convert the model first, then inject.
+    rounding; in float16, as long as V^T x does not overflow. A later .to(dtype) converts m too: convert first,
+    then inject. Under autocast, fused and keep_weight=False stay in the factors' own dtype (D14).
     Raises TypeError or ValueError for a base or an argument that it cannot serve.
 
     >>> layer = SVFTLinear(nn.Linear(8, 6), "banded", d=1)
@@ -350,6 +353,7 @@ class SVFTLinear(nn.Module):
         else:
             _check_svd(svd, W0)
         omega, self.pattern = _make_omega(pattern, svd, d, k, seed)
+        omega = omega.to(W0.device).contiguous()  # (2, k)
 
         def frozen(t: Tensor, dtype: torch.dtype = W0.dtype) -> nn.Parameter:
             return nn.Parameter(t.detach().to(W0.device, dtype), requires_grad=False)
@@ -358,17 +362,16 @@ class SVFTLinear(nn.Module):
         self.out_features, self.in_features = W0.shape
         self.weight = frozen(base.weight) if keep_weight else None
         self.bias = None if base.bias is None else frozen(base.bias, base.bias.dtype)
-        self.U, self.Vh = frozen(svd[0]), frozen(svd[2])  # (d1, r1), (r2, d2)
-        self.S = frozen(svd[1], accurate)  # (min(r1, r2),)
+        self.U, self.Vh = frozen(svd[0].contiguous()), frozen(svd[2].contiguous())  # (d1, r1), (r2, d2)
+        self.S = frozen(svd[1].contiguous(), accurate)  # (min(r1, r2),)
         self.m = nn.Parameter(torch.zeros(omega.shape[1], dtype=accurate, device=W0.device))  # (k,)
-        self.register_buffer("omega", omega.to(W0.device))  # (2, k)
-        rows = torch.arange(self.U.shape[1], device=omega.device)
-        starts = torch.searchsorted(omega[0].contiguous(), rows)  # (r1,): where each row of M begins in m
-        self.register_buffer("_row_starts", starts.to(W0.device), persistent=False)
+        self.register_buffer("omega", omega)
+        starts = torch.searchsorted(omega[0], torch.arange(self.U.shape[1], device=W0.device))
+        self.register_buffer("_row_starts", starts, persistent=False)  # (r1,): where each row of M begins in m
         self.path = path
         self.svd_dtype = svd_options.get("dtype", torch.float64)  # for the adapter file
         self._transposed = type(base) is not nn.Linear
-        self._base = type(base), {a: v for a, v in vars(base).items() if a[0] != "_" and a != "training"}
+        self._shell = (copy.deepcopy(base, {id(p): None for p in base.parameters(recurse=False)}),)  # no submodule
         self._disabled = 0  # how many disabled() blocks hold
         self._check_path()
         self.train(base.training)
@@ -388,11 +391,14 @@ class SVFTLinear(nn.Module):
 
     def _dense(self, x: Tensor, low: bool) -> Tensor:
         """x (W0 + U (M V^T))^T + b; in low precision that sum would round the update away: two products (D14)."""
-        if low and self.weight is not None:
+        if low:
             delta = self.U @ self._times(self.Vh, self.m).to(self.U.dtype)  # (d1, d2)
             return self._base_product(x, self.weight) + F.linear(x, delta)
-        W = self.merged_weight()  # (d1, d2)
-        return self._base_product(x, W.T if self._transposed else W)
+        if self.weight is None:
+            W = self.merged_weight()  # (d1, d2)
+            return self._base_product(x, W.T if self._transposed else W)
+        delta = self.delta_weight()  # (d1, d2)
+        return self._base_product(x, self.weight + (delta.T if self._transposed else delta))
 
     def _gather(self, x: Tensor) -> Tensor:
         """W0 x + b + U (M (V^T x)): Eq. (1), left."""
@@ -401,14 +407,10 @@ class SVFTLinear(nn.Module):
         return self._base_product(x, self.weight) + (y.T @ self.U.T).view(*x.shape[:-1], self.out_features)
 
     def _fused(self, x: Tensor, m: Tensor) -> Tensor:
-        """U ((Sigma + M) (V^T x)) + b: Eq. (1), right. In the factors' own dtype, also under autocast (D14)."""
-        out = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            x, out = x.to(self.U.dtype), torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            z = self.Vh @ x.reshape(-1, self.in_features).T  # (r2, T)
-            y = self._times(z, m, sigma=True)  # (r1, T)
-            return F.linear(y.T, self.U, self.bias).view(*x.shape[:-1], self.out_features).to(out)
+        """U ((Sigma + M) (V^T x)) + b: Eq. (1), right."""
+        z = self.Vh @ x.reshape(-1, self.in_features).T  # (r2, T)
+        y = self._times(z, m, sigma=True)  # (r1, T)
+        return F.linear(y.T, self.U, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _base_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T + b by the base layer's own call, so that m = 0 changes no bit; weight in the base's layout."""
@@ -419,16 +421,18 @@ class SVFTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d2) -> h (..., d1), in the base layer's dtype, or autocast's."""
-        if x.shape[-1] != self.in_features:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {self.in_features})")
         self._check_path()
+        autocast = None if self.U.dtype == torch.float64 else _autocast_dtype(x)
+        if autocast is not None and (self.path == "fused" or self.weight is None):
+            with _no_autocast(x):  # the factors stand in for W0: never in low precision (D14)
+                return self.forward(x.to(self.U.dtype)).to(autocast)
         if self._disabled:
             if self.weight is not None:
                 return self._base_product(x, self.weight)
             return self._fused(x, torch.zeros_like(self.m))
-        autocast = torch.is_autocast_enabled(x.device.type)
-        low = (torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype) in HALF
-        T = x.numel() // self.in_features
+        low, T = (autocast or self.U.dtype) in HALF, x.numel() // self.in_features
         path = self._cheapest(T, low) if self.path == "auto" else self.path
         if path == "dense" or T == 0:  # embedding_bag refuses a Z without columns
             return self._dense(x, low)
@@ -439,25 +443,27 @@ class SVFTLinear(nn.Module):
         d1, d2, r1, r2 = self.out_features, self.in_features, self.U.shape[1], self.Vh.shape[0]
         passes = 2 if torch.is_grad_enabled() else 1
         base, factors = passes * T * d1 * d2, passes * T * (r1 * d1 + r2 * d2)
-        dense = (2 * passes - 1) * T * d1 * d2 + passes * r1 * d1 * d2
-        if low and self.weight is not None:
-            dense += base
-        fused_serves = self.weight is None or (not low and len(self.S) == min(d1, d2))
-        other, cost = ("fused", factors) if fused_serves else ("gather", base + factors)
+        dense = (2 * passes - 1) * T * d1 * d2 + passes * r1 * d1 * d2 + low * base
+        other, cost = ("fused", factors) if self._fits and not low else ("gather", base + factors)
         return other if cost <= dense else "dense"
 
+    @property
+    def _fits(self) -> bool:
+        """Whether the factors can stand in for W0: all of them, and not in half precision (0.4% off)."""
+        return len(self.S) == min(self.out_features, self.in_features) and self.U.dtype not in HALF
+
     def _check_path(self) -> None:
-        """Refuse a path that the layer as it is now cannot serve."""
+        """Refuse a path that the layer, as it is now, cannot serve."""
+        got = f"path: got {self.path!r} with keep_weight={self.weight is not None}"
         if self.path not in ("auto", "dense", "gather", "fused"):
-            raise ValueError(f"path: got {self.path!r}, want 'auto', 'dense', 'gather' or 'fused'")
+            raise ValueError(f"{got}, want 'auto', 'dense', 'gather' or 'fused'")
         if self.path == "gather" and self.weight is None:
-            raise ValueError("path: got 'gather' with keep_weight=False, want 'auto', 'dense' or 'fused'")
-        if self.path == "fused" or self.weight is None:  # the factors stand in for W0
-            got = f"path {self.path!r}, keep_weight={self.weight is not None}"
-            if len(self.S) < min(self.out_features, self.in_features):
-                raise ValueError(f"rank: got a truncated SVD with {got}, want all of it: W0 would be cut (D8)")
-            if self.U.dtype in HALF:
-                raise ValueError(f"path: got {self.U.dtype} factors with {got}, want float32: W0 would be off (D14)")
+            raise ValueError(f"{got}, want 'auto', 'dense' or 'fused': there is no W0")
+        if (self.path == "fused" or self.weight is None) and not self._fits:
+            why = (
+                f"{self.U.dtype} factors, {len(self.S)} of {min(self.out_features, self.in_features)}, would change W0"
+            )
+            raise ValueError(f"{got}, want W0 kept and 'auto', 'dense' or 'gather': {why} (D8, D14)")
 
     def M(self) -> Tensor:
         """M as a dense matrix (r1, r2), zero outside Omega; differentiable in m; float32 or float64."""
@@ -467,7 +473,7 @@ class SVFTLinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """Delta W = U M V^T, (d1, d2), Eq. (2); differentiable in m; float32 or float64."""
-        with torch.autocast(self.U.device.type, enabled=False):
+        with _no_autocast(self.U):
             Y = self._times(self.Vh, self.m)  # (r1, d2)
             return self.U.to(Y.dtype) @ Y
 
@@ -475,20 +481,22 @@ class SVFTLinear(nn.Module):
         """W0 + Delta W, (d1, d2) whatever the base's layout; differentiable in m; float32 or float64."""
         if self.weight is not None:
             return self._W0() + self.delta_weight()
-        with torch.autocast(self.U.device.type, enabled=False):
+        with _no_autocast(self.U):
             return self.U @ self._times(self.Vh, self.m, sigma=True)
 
     def _W0(self) -> Tensor:  # (d1, d2)
         if self.weight is not None:
             return self.weight.T if self._transposed else self.weight
         n = len(self.S)
-        return (self.U[:, :n] * self.S) @ self.Vh[:n]
+        with _no_autocast(self.U):
+            return (self.U[:, :n] * self.S) @ self.Vh[:n]
 
     def check_rank(self) -> tuple[int, int, int]:
         """(rank, term rank, bound): rank(Delta W) = rank(M) <= term_rank(omega) <= min(k, d1, d2), lemma (c).
 
         The rank is numerical, in float64. Raises RuntimeError unless the three ascend.
         """
+        _check_unsharded(self)
         rank = int(torch.linalg.matrix_rank(self.M().detach().cpu().double()))
         found = rank, term_rank(self.omega), rank_bound(self.omega, (self.out_features, self.in_features))
         if not found[0] <= found[1] <= found[2]:
@@ -496,11 +504,11 @@ class SVFTLinear(nn.Module):
         return found
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self, *, name: str = "") -> nn.Module:
         """A new plain layer of the base's own type with the weight W0 + Delta W, frozen; this one stays as it is.
 
-        Computed in float32 (float64) and rounded once; warns where that rounding swallows over 10% of the update.
-        Raises ValueError where m or the merged weight has NaN or inf.
+        Computed in float32 (float64) and rounded once; warns, calling the layer by name, where that rounding
+        swallows over 10% of the update. Raises ValueError where m or the merged weight has NaN or inf.
         """
         _check_unsharded(self)
         W0, delta = self._W0(), self.delta_weight()  # (d1, d2)
@@ -509,23 +517,22 @@ class SVFTLinear(nn.Module):
             raise ValueError("m: got NaN or inf in it or in the merged weight, want finite values")
         lost = float((W.to(delta.dtype) - W0 - delta).norm() / delta.norm())  # NaN at m = 0
         if lost > 0.1:
-            warnings.warn(f"merge: rounding to {W.dtype} loses {lost:.0%} of the update", stacklevel=2)
-        kind, attributes = self._base
-        layer = kind.__new__(kind)
-        nn.Module.__init__(layer)
-        vars(layer).update(attributes)
+            warnings.warn(f"merge {name!r}: rounding to {W.dtype} loses {lost:.0%} of the update", stacklevel=2)
+        layer = copy.deepcopy(self._shell[0])
         layer.weight = nn.Parameter((W.T if self._transposed else W).contiguous(), requires_grad=False)
-        layer.register_parameter("bias", None)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return layer.train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         omega = state_dict.get(prefix + "omega")
-        if omega is not None and not torch.equal(omega.cpu(), self.omega.cpu()):
-            args[-1].append(f"{prefix}omega: got other positions than this layer's, so that m would not fit")
+        if prefix + "m" in state_dict and (omega is None or not torch.equal(omega.cpu(), self.omega.cpu())):
+            args[-1].append(f"{prefix}omega: got other positions than this layer's, or none: m would not fit")
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict) -> None:  # of a copy or a pickle, which no disabled() block holds
+        super().__setstate__({**state, "_disabled": 0})
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -571,6 +578,7 @@ def inject(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.m', '2.m']
     """
+    _check_unsharded(model)
     targets = _find_targets(model, target_modules)
     seed = _check_int("seed", options.pop("seed", 0), 0, 2**32 - 1)
     layers: dict[str, nn.Module] = {}
@@ -584,7 +592,8 @@ def inject(
 def merge(model: nn.Module) -> nn.Module:
     """Replace every SVFTLinear in model by its merged plain layer, in place, and return model.
 
-    Merging twice equals merging once. On an error, which names the layer, the model is exactly as it was.
+    Merging twice equals merging once. On an error, which names the layer, the model is exactly as it was. A
+    model that is itself an SVFTLinear cannot be replaced in place: its merged layer is returned.
 
     >>> merge(inject(nn.Sequential(nn.Linear(4, 4)), ["0"]))
     Sequential(
@@ -592,9 +601,10 @@ def merge(model: nn.Module) -> nn.Module:
     )
     """
     layers: dict[str, nn.Module] = {}
+    _check_unsharded(model)
     for name, layer in _svft_layers(model).items():
         with _naming(name):
-            layers[name] = layer.merge()
+            layers[name] = layer.merge(name=name)
     return layers[""] if "" in layers else _replace(model, layers)
 
 
@@ -666,20 +676,28 @@ def save_adapter(model: nn.Module, path: StrPath, *, bases: bool = False) -> Non
     The file holds coordinates without their basis, which load_adapter computes again from W0. bases=True stores
     the basis too, for weights whose SVD does not come out the same twice (repeated singular values); the full
     SVD of a rectangular weight is always stored. Under FSDP2 call it on every rank.
-    Raises ValueError where there is no SVFTLinear in model, or an m is not finite.
+    Raises ValueError where there is no SVFTLinear in model, or an m is not finite. Warns where some m, but not
+    every one, is still zero: its layer was not used, or not through forward.
     """
     entries = {}
-    for name, layer in _svft_layers(model).items():
+    for name, layer in _svft_layers(_unwrapped(model)).items():
         U, S, Vh, m = (_whole(t) for t in (layer.U, layer.S, layer.Vh, layer.m))
         if not bool(torch.isfinite(m).all()):
             raise ValueError(f"layer {name!r}: m: got NaN or inf in it, want finite values")
         full, n = U.shape[1] != Vh.shape[0], min(U.shape[0], Vh.shape[1])
         entry = {"shape": (U.shape[0], Vh.shape[1]), "omega": layer.omega.cpu(), "m": m}
         entry |= {"rank": len(S) if len(S) < n else None, "full_matrices": full, "svd_dtype": str(layer.svd_dtype)}
-        entry |= {"probes": _probes(layer.omega, m, U, Vh)} | ({"U": U, "S": S, "Vh": Vh} if bases or full else {})
+        entry |= {"probes": _probes(layer.omega, m, U, Vh)}
+        if bases or full:
+            entry |= {"U": U, "S": S, "Vh": Vh}
+        elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):
+            warnings.warn(f"layer {name!r}: no plain model will have these signs; use bases=True", stacklevel=2)
         entries[name] = entry
     if not entries:
         raise ValueError("model: got one without an SVFTLinear, want an injected model")
+    still = [name for name, entry in entries.items() if not entry["m"].any()]
+    if 0 < len(still) < len(entries):
+        warnings.warn(f"m is still zero in {still}: does the model read these weights past forward?", stacklevel=2)
     _write(Path(path), {"format": FORMAT, "layers": entries, "sha256": _sha256(entries)})
 
 
@@ -693,50 +711,51 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     weights, or of singular values alone. m = 0 fits every base.
     Raises ValueError with the layer's name and the difference; OSError where the file cannot be opened.
     """
-    entries, have = _read_adapter(Path(path)), _svft_layers(model)
-    there: dict[str, nn.Module] = have or dict(model.named_modules())
+    _check_unsharded(model)
+    inner, entries = _unwrapped(model), _read_adapter(Path(path))
+    have = _svft_layers(inner)
+    there: dict[str, nn.Module] = have or dict(inner.named_modules())
     if unknown := sorted(entries.keys() - there.keys()):
         raise ValueError(f"{path}: got layers {unknown}, want only layers that the model has")
     if missing := sorted(have.keys() - entries.keys()):
         raise ValueError(f"{path}: got nothing for {missing}, want an entry for every SVFTLinear of the model")
     if not have:
-        _check_targets(model, entries)
+        _check_targets(inner, entries)
     layers, bases = {}, {}
     for name in _tracked(entries, cache_dir):
         with _naming(name):
-            entry = entries[name]
-            bases[name] = SVD(entry["U"], entry["S"], entry["Vh"]) if "U" in entry else None
-            layers[name] = have.get(name) or _rebuild(there[name], entry, bases[name], cache_dir)
-            _check_update(layers[name], entry, bases[name])
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for parameter, value in zip((layer.U, layer.S, layer.Vh), bases[name] or (), strict=False):
-                parameter.copy_(value)
-            layer.m.copy_(entries[name]["m"])
-    return model if have else _freeze(_replace(model, layers))
-
-
-def _rebuild(base: nn.Module, entry: dict, svd: SVD | None, cache_dir: StrPath | None) -> SVFTLinear:
-    """The layer that an adapter's entry describes, around the plain layer base."""
-    if (shape := tuple(_base_weight(base).shape)) != entry["shape"]:
-        raise ValueError(f"weight: got shape {shape}, want {entry['shape']}, the adapter's")
-    if svd is not None:
-        return SVFTLinear(base, entry["omega"], svd=svd)
-    dtype = getattr(torch, entry["svd_dtype"].removeprefix("torch."))
-    return SVFTLinear(base, entry["omega"], rank=entry["rank"], dtype=dtype, cache_dir=cache_dir)
+            entry, layer = entries[name], there[name]
+            shape = tuple(_base_weight(layer).shape) if not have else (layer.out_features, layer.in_features)
+            if shape != entry["shape"]:
+                raise ValueError(f"weight: got shape {shape}, want {entry['shape']}, the adapter's")
+            bases[name] = svd = SVD(entry["U"], entry["S"], entry["Vh"]) if "U" in entry else None
+            if not have:
+                options: dict[str, Any] = {"svd": svd}
+                if svd is None:
+                    dtype = getattr(torch, entry["svd_dtype"].removeprefix("torch."))
+                    options = {"rank": entry["rank"], "dtype": dtype, "cache_dir": cache_dir}
+                layer = SVFTLinear(layer, entry["omega"], **options)
+            _check_update(layer, entry, svd)
+            layers[name] = layer
+    for name, layer in layers.items():
+        for part, value in (bases[name]._asdict() if bases[name] else {}).items():
+            old = getattr(layer, part)
+            setattr(layer, part, nn.Parameter(value.to(old.device, old.dtype), requires_grad=False))
+        layer.m.data.copy_(entries[name]["m"])
+    if not have:
+        _freeze(_replace(inner, layers))
+    return model
 
 
 def _check_update(layer: SVFTLinear, entry: dict, svd: SVD | None) -> None:
     """Refuse an entry whose m would not be the saved update in this layer, with its bases or those of svd."""
-    _check_unsharded(layer)
-    if (layer.out_features, layer.in_features) != entry["shape"]:
-        raise ValueError(
-            f"weight: got {layer.out_features} x {layer.in_features}, want {entry['shape']}, the adapter's"
-        )
     if not torch.equal(layer.omega.cpu(), entry["omega"]):
         raise ValueError("omega: got other positions in the model than in the adapter, want the same")
     if svd is not None:
         _check_svd(svd, layer._W0())
+        if svd.U.shape != layer.U.shape or svd.Vh.shape != layer.Vh.shape:
+            got = f"U {tuple(layer.U.shape)} and Vh {tuple(layer.Vh.shape)}"
+            raise ValueError(f"svd: got {got}, want {tuple(svd.U.shape)} and {tuple(svd.Vh.shape)}, the adapter's")
     U, _, Vh = svd or (layer.U, layer.S, layer.Vh)
     difference = float((_probes(entry["omega"], entry["m"], U, Vh) - entry["probes"]).norm())
     norm = float(entry["probes"].norm())
@@ -754,7 +773,7 @@ def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
     RandomState's stream is frozen, so that the file need not hold a and b.
     """
     rng = np.random.RandomState(0)
-    a, b = (torch.as_tensor(rng.standard_normal((16, size))) for size in (U.shape[0], Vh.shape[1]))
+    a, b = (torch.from_numpy(rng.standard_normal((16, size))) for size in (U.shape[0], Vh.shape[1]))
     aU, Vb = a @ U.detach().cpu().double(), b @ Vh.detach().cpu().double().T  # (16, r1), (16, r2)
     i, j = omega.cpu()
     return (aU[:, i] * Vb[:, j]) @ m.detach().cpu().double()
@@ -764,6 +783,13 @@ def _whole(t: Tensor) -> Tensor:
     """A parameter as a plain tensor on the CPU, gathered from all ranks where it is sharded."""
     t = t.detach()
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu().clone()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and torch.compile, so that names in the file are the model's own."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
 def _read_adapter(path: Path) -> dict[str, dict]:
@@ -828,7 +854,8 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
         if not hits:
             hint = f"; to match ends of names, pass [{entry!r}]" if single else ""
             linear = [name for name, module in modules.items() if type(module).__name__ in ("Linear", "Conv1D")]
-            raise ValueError(f"target_modules: got {entry!r}, which matches nothing{hint}; want among {linear}")
+            some = ", ".join(linear[:8]) + (f", ... ({len(linear)} in all)" if len(linear) > 8 else "")
+            raise ValueError(f"target_modules: got {entry!r}, which matches nothing{hint}; want among {some}")
         found |= hits
     targets = {name: module for name, module in modules.items() if name in found}
     _check_targets(model, targets)
@@ -858,8 +885,9 @@ def _base_weight(base: nn.Module) -> Tensor:
         raise TypeError("base: got an SVFTLinear already, want a plain layer: merge it first")
     weight = getattr(base, "weight", None)
     conv1d = type(base).__name__ == "Conv1D" and getattr(base, "nf", None) == getattr(weight, "shape", "?")[-1]
-    if not (type(base) is nn.Linear or conv1d) or set(base._parameters) != {"weight", "bias"}:
-        got = f"{type(base).__module__}.{type(base).__qualname__}"
+    plain = type(base) is nn.Linear or conv1d
+    if not plain or set(base._parameters) != {"weight", "bias"}:
+        got = f"{type(base).__module__}.{type(base).__qualname__} with {sorted(getattr(base, '_parameters', []))}"
         why = "subclasses, parametrised and quantised layers may not use their weight through forward"
         raise TypeError(f"base: got {got}, want exactly nn.Linear or Hugging Face's Conv1D: {why}")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -871,10 +899,9 @@ def _base_weight(base: nn.Module) -> Tensor:
 
 def _check_weight(weight: Tensor) -> None:
     _check_matrix("weight", weight)
-    if hasattr(weight, "__tensor_flatten__"):
-        raise TypeError(
-            f"weight: got a {type(weight).__name__}, want a plain tensor: inject before sharding or packing"
-        )
+    if hasattr(weight, "__tensor_flatten__") or weight.layout != torch.strided:
+        got = f"{type(weight).__name__} ({weight.layout})"
+        raise TypeError(f"weight: got a {got}, want a plain dense tensor: inject before sharding or packing")
     if weight.is_meta or not weight.numel():
         got = "meta tensor" if weight.is_meta else "empty tensor"
         raise ValueError(f"weight: got a {got} of shape {tuple(weight.shape)}, want one that holds values")
@@ -906,9 +933,23 @@ def _check_omega(omega: Tensor, r1: int | None = None, r2: int | None = None) ->
     return omega
 
 
-def _check_unsharded(layer: SVFTLinear) -> None:
-    if hasattr(layer.m, "full_tensor"):
-        raise TypeError("m: got a sharded layer, want a plain one: load before sharding; save, load plain, then merge")
+def _check_unsharded(module: nn.Module) -> None:
+    """Refuse what FSDP2 has sharded, also while its weights happen to be gathered."""
+    _svft_layers(module)  # is it a module?
+    fsdp = any(kind.__name__ == "FSDPModule" for m in module.modules() for kind in type(m).__mro__)
+    if fsdp or any(hasattr(p, "full_tensor") for p in module.parameters()):
+        raise TypeError("model: got a sharded one, want a plain one: load before sharding; save, load plain, merge")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def _check_int(name: str, value: Any, low: int, high: float = math.inf) -> int:
@@ -924,9 +965,9 @@ def _naming(layer: str) -> Iterator[None]:
     """Make errors name the layer."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = next(t for t in (TypeError, ValueError, RuntimeError) if isinstance(error, t))
-        raise kind(f"layer {layer!r}: {error}") from error
+    except Exception as error:
+        error.args = (f"layer {layer!r}: {error}",)
+        raise
 
 
 def _tracked(names: Any, cache_dir: Any) -> Iterator[str]:

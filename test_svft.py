@@ -148,7 +148,9 @@ def randomize(model, scale=1.0, seed=0):
 
 def mlp(seed=0, dtype=torch.float32, width=6):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)).to(dtype)
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)).to(
+        dtype
+    )
 
 
 # ---------------------------------------------------------------- Section 3.1
@@ -240,7 +242,9 @@ class TestOmega_Section_3_1:
     @given(r1=sizes, r2=sizes, d=st.integers(0, 5))
     def test_plain_lies_in_every_band_and_bands_grow(self, r1, r2, d):
         """plain = banded with d = 0 (D9), and the band of d lies in that of d + 1."""
-        nested = [set(map(tuple, o.T.tolist())) for o in (omega_plain(r1, r2), *(omega_banded(r1, r2, e) for e in (d, d + 1)))]
+        nested = [
+            set(map(tuple, o.T.tolist())) for o in (omega_plain(r1, r2), *(omega_banded(r1, r2, e) for e in (d, d + 1)))
+        ]
         assert nested[0] <= nested[1] <= nested[2] and nested[0] == set(map(tuple, omega_banded(r1, r2, 0).T.tolist()))
 
     @given(r1=sizes, r2=sizes, seed=st.integers(0, 2**32 - 1), data=st.data())
@@ -270,7 +274,9 @@ class TestOmega_Section_3_1:
         U, V = (np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in "UV")
         k = data.draw(st.integers(1, d * d))
         got = omega_top_k(torch.from_numpy(U), torch.from_numpy(V.T.copy()), k)
-        all_of_them = sorted(((i, j) for i in range(d) for j in range(d)), key=lambda ij: -abs(U[:, ij[0]] @ V[:, ij[1]]))
+        all_of_them = sorted(
+            ((i, j) for i in range(d) for j in range(d)), key=lambda ij: -abs(U[:, ij[0]] @ V[:, ij[1]])
+        )
         assert got.T.tolist() == sorted(map(list, all_of_them[:k]))
         s = torch.from_numpy(rng.choice([-1.0, 1.0], d))
         assert torch.equal(got, omega_top_k(torch.from_numpy(U) * s, torch.from_numpy(V.T.copy()) * s[:, None], k))
@@ -364,6 +370,8 @@ class TestTheLayer_Eq_1:
         with torch.no_grad():
             layer.m += 1
         assert not torch.equal(layer(x), base(x))
+        single = plain_layer(1, 7, kind, dtype).to(device)  # one output: a vector in disguise, for BLAS
+        assert path == "fused" or torch.equal(SVFTLinear(single, path=path)(x[:, :, :1]), single(x[:, :, :1]))
 
     @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
     def test_only_m_trains(self, path):
@@ -520,7 +528,11 @@ class TestLemma_c_rank:
         delta, m = layer.delta_weight().detach(), layer.m.detach()
         near(delta.norm(), float(m.norm()), rounding(torch.float64, m))
         diagonal = [float(m[t] * layer.S[i]) for t, (i, j) in enumerate(layer.omega.T.tolist()) if i == j]
-        near((delta * torch.from_numpy(weight_of(layer.base[0]))).sum(), sum(diagonal), rounding(torch.float64, m, layer.S))
+        near(
+            (delta * torch.from_numpy(weight_of(layer.base[0]))).sum(),
+            sum(diagonal),
+            rounding(torch.float64, m, layer.S),
+        )
 
 
 # ---------------------------------------------------------------- a whole model
@@ -568,7 +580,7 @@ class TestMerge:
     def test_it_warns_with_the_figure_where_rounding_swallows_the_update(self):
         """bfloat16 has 8 bits: an update far below W0's last bit is mostly lost, and merge says how much."""
         layer = randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)), 1e-4)
-        with pytest.warns(UserWarning, match=r"bfloat16 loses \d\d+% of the update"):
+        with pytest.warns(UserWarning, match=r"merge '': rounding to torch.bfloat16 loses \d\d+% of the update"):
             layer.merge()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -585,7 +597,9 @@ class TestMerge:
         before = snapshot(model)
         with pytest.raises(ValueError, match="layer '4': m: got NaN or inf"):
             svft.merge(model)
-        assert isinstance(model[0], SVFTLinear) and all(torch.equal(p, before[1][n][2]) or n == "4.m" for n, p in model.named_parameters())
+        assert isinstance(model[0], SVFTLinear) and all(
+            torch.equal(p, before[1][n][2]) or n == "4.m" for n, p in model.named_parameters()
+        )
         assert snapshot(model)[0] == before[0]
 
     def test_merging_twice_equals_merging_once(self):
@@ -616,7 +630,9 @@ class TestInject:
     )
     def test_targets_are_matched_by_whole_names_or_their_ends(self, targets, names):
         """PEFT's rules (D13); the error of a name that matches nothing says which names there are."""
-        model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"c_fc": nn.Linear(4, 3)}) for _ in "ab"), "head": nn.Linear(3, 2)})
+        model = nn.ModuleDict(
+            {"h": nn.ModuleList(nn.ModuleDict({"c_fc": nn.Linear(4, 3)}) for _ in "ab"), "head": nn.Linear(3, 2)}
+        )
         before = snapshot(model)
         if names is None:
             with pytest.raises(ValueError, match=r"matches nothing.*h\.0\.c_fc"):
@@ -639,7 +655,10 @@ class TestInject:
 
     def test_random_draws_another_omega_for_each_layer_from_one_seed(self):
         """Layers of equal shape do not share an Omega; the same seed gives the same ones, by the layer's name."""
-        a, b = (svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "abc")), ["0", "1", "2"], "random", seed=3) for _ in "ab")
+        a, b = (
+            svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "abc")), ["0", "1", "2"], "random", seed=3)
+            for _ in "ab"
+        )
         assert not torch.equal(a[0].omega, a[1].omega) and all(torch.equal(a[i].omega, b[i].omega) for i in range(3))
         other = svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "abc")), ["1"], "random", seed=3)
         assert torch.equal(other[1].omega, a[1].omega)
@@ -653,6 +672,18 @@ class TestInject:
         assert_untouched(base, before)
         assert SVFTLinear(base, keep_weight=False).weight is None
 
+    def test_its_tensors_are_contiguous_and_errors_keep_their_type(self):
+        """safetensors and FSDP2 want contiguous parameters; an out-of-memory error stays one, and names the layer."""
+        svd = SVD(*(t.T.contiguous().T if t.ndim == 2 else t for t in compute_svd(torch.eye(6) + 1)))
+        layer = SVFTLinear(with_weight(torch.eye(6) + 1)[2], torch.tensor([[0, 1], [2, 3]]).T.contiguous().T, svd=svd)
+        assert all(t.is_contiguous() for t in (*layer.parameters(), *layer.buffers()))
+
+        def out_of_memory(svd):
+            raise torch.OutOfMemoryError("no memory left")
+
+        with pytest.raises(torch.OutOfMemoryError, match="layer '2': no memory left"):
+            svft.inject(mlp(), ["2"], out_of_memory)
+
     def test_an_error_in_the_last_layer_leaves_the_model_as_it_was(self):
         """All layers are made before the first is replaced; the error names the layer."""
         model = mlp()
@@ -661,7 +692,9 @@ class TestInject:
         before = {n: (id(m)) for n, m in model.named_modules()}
         with pytest.raises(ValueError, match="layer '4': weight: got NaN"):
             svft.inject(model, ["0", "2", "4"])
-        assert before == {n: id(m) for n, m in model.named_modules()} and all(p.requires_grad for p in model.parameters())
+        assert before == {n: id(m) for n, m in model.named_modules()} and all(
+            p.requires_grad for p in model.parameters()
+        )
 
 
 class TestDisabledAndSummary:
@@ -681,6 +714,9 @@ class TestDisabledAndSummary:
             near(model(x), want, tolerance)
             assert (svft.merge(copy.deepcopy(model))(x) - want).abs().max() > 1e-3  # merging is not disabled
         assert torch.equal(model(x), adapted) and (adapted - want).abs().max() > 1e-3
+        with svft.disabled(model):
+            kept = copy.deepcopy(model)
+        assert torch.equal(kept(x), adapted)  # a copy made inside is not disabled for ever
 
     def test_summary_lists_layers_shapes_patterns_counts_and_shares(self):
         """A table to read: what is adapted, how, with how many parameters and bytes."""
@@ -714,7 +750,10 @@ class TestDtypesAndTransformations:
         layer(x).float().sum().backward()
         assert layer.m.grad.dtype == torch.float32 and (layer.m.grad != 0).all()
 
-    @pytest.mark.parametrize("path, keep", [(p, k) for p in ("dense", "gather", "fused", "auto") for k in (True, False) if k or p != "gather"])
+    @pytest.mark.parametrize(
+        "path, keep",
+        [(p, k) for p in ("dense", "gather", "fused", "auto") for k in (True, False) if k or p != "gather"],
+    )
     def test_autocast_agrees_with_float32_to_its_own_rounding(self, path, keep):
         """Output in bfloat16, gradient of m in float32; the fused path keeps float32 factors inside (D14)."""
         base = plain_layer(40, 24, dtype=torch.float32)
@@ -728,6 +767,34 @@ class TestDtypesAndTransformations:
         near(h, want, 4 * 2**-8 * np.abs(want).max())
         h.float().sum().backward()
         assert layer.m.grad.dtype == torch.float32 and layer.m.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("path", ["auto", "dense", "gather"])
+    def test_autocast_does_not_round_the_update_against_W0(self, path):
+        """W0 kept: two products, each rounded for itself; so with W0 set to zero the update is there (D14)."""
+        layer = randomize(SVFTLinear(plain_layer(40, 24, dtype=torch.float32), path=path, rank=20), 1e-4)
+        with torch.no_grad():
+            layer.weight.zero_(), layer.bias.zero_()
+        x = torch.randn(6, 24)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = layer(x)
+        want = x.double().numpy() @ delta_by_double_loop(layer).T
+        near(got, want, 8 * 2**-8 * np.abs(want).max())
+
+    @pytest.mark.parametrize("path, keep", [("auto", False), ("dense", False), ("fused", False), ("fused", True)])
+    def test_where_the_factors_stand_in_for_W0_autocast_stays_out(self, path, keep):
+        """fused, or keep_weight=False: computed in float32 inside autocast, and only the output is rounded (D14)."""
+        layer = randomize(SVFTLinear(plain_layer(40, 24, dtype=torch.float32), path=path, keep_weight=keep), 1e-3)
+        x = torch.randn(6, 24)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = layer(x)
+        assert torch.equal(got, layer(x).bfloat16())
+
+    def test_a_merge_under_autocast_is_exact(self):
+        """delta_weight, merged_weight and merge are float32 also inside an autocast block."""
+        layer = randomize(SVFTLinear(plain_layer(9, 9, dtype=torch.float32), keep_weight=False))
+        want = layer.merge().weight
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.merge().weight, want)
 
     def test_a_layer_that_needs_float32_refuses_a_later_half(self):
         """keep_weight=False or 'fused', then .bfloat16(): an error at the next forward, not a model that is 0.4% off."""
@@ -753,6 +820,8 @@ class TestDtypesAndTransformations:
         before = snapshot(layer)
         with pytest.raises(RuntimeError, match="omega: got other positions"):
             layer.load_state_dict(other.state_dict())
+        with pytest.raises(RuntimeError, match="omega: got other positions than this layer's, or none"):
+            layer.load_state_dict({"m": other.m}, strict=False)
         assert_untouched(layer, before)
 
     @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
@@ -903,6 +972,7 @@ class TestSVDCache:
             lambda path, svd: torch.save(svd._replace(S=svd.S * 1.001)._asdict(), path),  # W V != U S
             lambda path, svd: torch.save(svd._replace(U=svd.U * math.nan)._asdict(), path),
             lambda path, svd: torch.save(svd._replace(U=-svd.U, Vh=-svd.Vh)._asdict(), path),  # an SVD: other signs
+            lambda path, svd: torch.save({n: t.double() for n, t in svd._asdict().items()}, path),  # another dtype
             lambda path, svd: torch.save(svd._replace(U=svd.U[:, :2], S=svd.S[:2], Vh=svd.Vh[:2])._asdict(), path),
             lambda path, svd: torch.save(compute_svd(torch.randn(6, 4))._asdict(), path),  # of another weight
             lambda path, svd: path.write_bytes(pickle.dumps(MakeFile(path.parent / "owned"))),
@@ -946,7 +1016,9 @@ class TestSVDCache:
         code += "; print(sum(float(svft.compute_svd(w, cache_dir='.').U.abs().sum()) for w in m))"
         env = {**os.environ, "PYTHONPATH": str(HERE)}
         racers = [
-            subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                [sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
             for _ in range(2)
         ]
         said = [r.communicate(timeout=120) for r in racers]
@@ -1129,7 +1201,8 @@ class TestAdapterFile:
         rotated = SVD(W @ R, torch.ones(6), R.T)
         model = randomize(nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=rotated)))
         want = model[0].merged_weight().detach()
-        svft.save_adapter(model, tmp_path / "without.pt")
+        with pytest.warns(UserWarning, match="use bases=True"):
+            svft.save_adapter(model, tmp_path / "without.pt")
         svft.save_adapter(model, tmp_path / "with.pt", bases=True)
         for target in (copy.deepcopy(base), svft.inject(copy.deepcopy(base), ["0"], "banded", 1)):
             before = snapshot(target)
@@ -1157,6 +1230,57 @@ class TestAdapterFile:
         elsewhere = svft.inject(copy.deepcopy(base), ["0"], every, full_matrices=True)
         for target in (copy.deepcopy(base), elsewhere):
             near(svft.load_adapter(target, tmp_path / "a.pt")[0].merged_weight(), model[0].merged_weight(), 1e-5)
+
+    @pytest.mark.parametrize("how", [{"full_matrices": True}, {"rank": 3}])
+    def test_an_adapter_over_another_kind_of_svd_is_refused_whole(self, tmp_path, how):
+        """Stored bases of other sizes than the model's: nothing is loaded, not even into the layers that fit."""
+        base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+        model = randomize(svft.inject(copy.deepcopy(base), ["0", "1"], "plain", **how))
+        svft.save_adapter(model, tmp_path / "a.pt", bases=True)
+        other = svft.inject(base, ["0"], model[0].omega)
+        svft.inject(other, ["1"], model[1].omega)
+        before = snapshot(other)
+        with pytest.raises(ValueError, match=r"layer '[01]': svd: got U .*, the adapter's"):
+            svft.load_adapter(other, tmp_path / "a.pt")
+        assert_untouched(other, before)
+
+    def test_loading_stored_bases_changes_this_model_alone(self, tmp_path):
+        """Layers built from one SVD, and the caller's own factors, keep theirs."""
+        base = nn.Sequential(nn.Linear(6, 6))
+        base[0].weight.data.copy_(degenerate(0))
+        svd, R = compute_svd(base[0].weight), degenerate(1)
+        a, b = (randomize(nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=svd))) for _ in "ab")
+        rotated = randomize(
+            nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=SVD(degenerate(0) @ R, torch.ones(6), R.T)))
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            svft.save_adapter(rotated, tmp_path / "a.pt", bases=True)
+        was = svd.U.clone(), b[0].merged_weight().detach()
+        svft.load_adapter(a, tmp_path / "a.pt")
+        near(a[0].merged_weight(), rotated[0].merged_weight(), 1e-5)
+        assert torch.equal(svd.U, was[0]) and torch.equal(b[0].merged_weight(), was[1])
+
+    def test_saving_warns_of_what_will_not_come_back_or_was_never_trained(self, tmp_path):
+        """Signs that compute_svd would not give; an m that stayed zero while others moved (a weight read past forward)."""
+        svd = compute_svd(degenerate(3))
+        flipped = randomize(nn.Sequential(SVFTLinear(with_weight(degenerate(3))[2], svd=SVD(-svd.U, svd.S, -svd.Vh))))
+        with pytest.warns(UserWarning, match="layer '0': no plain model will have these signs; use bases=True"):
+            svft.save_adapter(flipped, tmp_path / "a.pt")
+        model = randomize(svft.inject(mlp(), ["0", "2"]))
+        with torch.no_grad():
+            model[2].m.zero_()
+        with pytest.warns(UserWarning, match=r"m is still zero in \['2'\]"):
+            svft.save_adapter(model, tmp_path / "a.pt")
+
+    def test_names_in_the_file_are_the_models_own(self, saved, tmp_path):
+        """Saved through torch.compile's wrapper, loaded under a default device: the same file, the same model."""
+        base, model, path = saved
+        svft.save_adapter(torch.compile(model), tmp_path / "compiled.pt")
+        with torch.device("meta"):
+            loaded = svft.load_adapter(copy.deepcopy(base), tmp_path / "compiled.pt", cache_dir=tmp_path / "svd")
+        assert torch.equal(loaded[4].m, model[4].m)
+        assert torch.load(path)["sha256"] == torch.load(tmp_path / "compiled.pt")["sha256"]
 
     def test_an_untrained_adapter_fits_any_base_of_its_shapes(self, tmp_path):
         """m = 0 is no update at all."""
@@ -1228,9 +1352,29 @@ def tiny(hf, kind, **options):
     """A GPT-2 (Conv1D, square ones among them) or a Llama-style model with random weights."""
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = hf.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options)
+        config = hf.GPT2Config(
+            vocab_size=50,
+            n_positions=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            **options,
+        )
         return hf.GPT2LMHeadModel(config).eval(), ["c_attn", "c_proj", "c_fc"]
-    config = hf.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, pad_token_id=0, **options)
+    config = hf.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        **options,
+    )
     return hf.LlamaForCausalLM(config).eval(), r".*\.(q|k|v|o|up|gate|down)_proj"
 
 
@@ -1266,7 +1410,17 @@ class TestHuggingFace:
         model.enable_input_require_grads()
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 50, (8, 12))]
-        args = hf.TrainingArguments(tmp_path, max_steps=3, per_device_train_batch_size=4, learning_rate=0.05, gradient_checkpointing=True, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+        args = hf.TrainingArguments(
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=0.05,
+            gradient_checkpointing=True,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
         hf.Trainer(model, args, train_dataset=rows).train()
         assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
         assert all(m.m.abs().max() > 1e-3 for m in model.modules() if isinstance(m, SVFTLinear))
@@ -1311,9 +1465,9 @@ def two_process_jobs(rank, folder):
 
     half = slice(4 * rank, 4 * rank + 4)
     model = svft.inject(mlp(), ["0", "2", "4"])
-    steps(nn.parallel.DistributedDataParallel(model), half)
+    wrapper = steps(nn.parallel.DistributedDataParallel(model), half)
     if rank == 0:
-        svft.save_adapter(model, folder / "ddp.pt")
+        svft.save_adapter(wrapper, folder / "ddp.pt")
 
     model = svft.inject(mlp(width=64), ["0", "2", "4"])
     whole = {n: p.numel() for n, p in model.named_parameters()}
@@ -1323,9 +1477,15 @@ def two_process_jobs(rank, folder):
         assert abs(p.to_local().numel() - whole[name] / 2) <= whole[name] / p.shape[0], name  # half, to one row
     steps(model, half)
     svft.save_adapter(model, folder / "fsdp.pt")  # on every rank
-    for refused in (lambda: svft.merge(model), lambda: svft.load_adapter(model, folder / "fsdp.pt")):
-        with pytest.raises(TypeError, match="sharded"):
-            refused()
+    for _ in ("sharded", "gathered by a forward"):
+        for refused in (
+            svft.merge,
+            lambda m: svft.load_adapter(m, folder / "fsdp.pt"),
+            lambda m: svft.inject(m, ["0"]),
+        ):
+            with pytest.raises(TypeError, match="model: got a sharded one"):
+                refused(model)
+        model(torch.randn(2, 5))
 
 
 class TestDistributed:
@@ -1379,12 +1539,32 @@ inject_2 = lambda model, **k: svft.inject(model, ["2"], **k)  # noqa: E731
 BAD = [
     # what is wrong; the call, given the small model (or the one made by `on`); the error; what its text names
     ("weight no tensor", lambda m: compute_svd([[1.0]]), TypeError, "weight: got list"),
-    ("weight integer", lambda m: compute_svd(torch.ones(2, 2, dtype=torch.int64)), TypeError, "weight: got torch.int64"),
-    ("weight complex", lambda m: compute_svd(torch.ones(2, 2, dtype=torch.complex64)), TypeError, "weight: got torch.complex64"),
+    (
+        "weight integer",
+        lambda m: compute_svd(torch.ones(2, 2, dtype=torch.int64)),
+        TypeError,
+        "weight: got torch.int64",
+    ),
+    (
+        "weight complex",
+        lambda m: compute_svd(torch.ones(2, 2, dtype=torch.complex64)),
+        TypeError,
+        "weight: got torch.complex64",
+    ),
     ("weight bool", lambda m: compute_svd(torch.ones(2, 2) > 0), TypeError, "weight: got torch.bool"),
     ("weight a vector", lambda m: compute_svd(torch.ones(3)), ValueError, r"weight: got shape \(3,\), want a matrix"),
-    ("weight a convolution's", lambda m: compute_svd(torch.ones(2, 2, 3)), ValueError, r"weight: got shape \(2, 2, 3\)"),
-    ("weight empty", lambda m: compute_svd(torch.ones(0, 3)), ValueError, r"weight: got a empty tensor of shape \(0, 3\)"),
+    (
+        "weight a convolution's",
+        lambda m: compute_svd(torch.ones(2, 2, 3)),
+        ValueError,
+        r"weight: got shape \(2, 2, 3\)",
+    ),
+    (
+        "weight empty",
+        lambda m: compute_svd(torch.ones(0, 3)),
+        ValueError,
+        r"weight: got a empty tensor of shape \(0, 3\)",
+    ),
     ("weight on meta", lambda m: compute_svd(torch.ones(2, 3, device="meta")), ValueError, "weight: got a meta tensor"),
     ("weight with NaN", lambda m: compute_svd(W * math.nan), ValueError, "weight: got NaN or inf"),
     ("weight with inf", lambda m: compute_svd(W / 0), ValueError, "weight: got NaN or inf"),
@@ -1406,9 +1586,19 @@ BAD = [
     ("seed a float", lambda m: omega_random(3, 3, 2, seed=0.5), TypeError, "seed: got 0.5"),
     ("top-k, k over r1 r2", lambda m: omega_top_k(torch.eye(2), torch.eye(2), 5), ValueError, "k: got 5, want 1 to 4"),
     ("top-k, k zero", lambda m: omega_top_k(torch.eye(2), torch.eye(2), 0), ValueError, "k: got 0"),
-    ("top-k, rectangular", lambda m: omega_top_k(torch.ones(3, 2), torch.eye(2), 1), ValueError, "top_k: got a 3 x 2 weight"),
+    (
+        "top-k, rectangular",
+        lambda m: omega_top_k(torch.ones(3, 2), torch.eye(2), 1),
+        ValueError,
+        "top_k: got a 3 x 2 weight",
+    ),
     ("top-k, U no matrix", lambda m: omega_top_k(torch.ones(3), torch.eye(3), 1), ValueError, r"U: got shape \(3,\)"),
-    ("top-k, Vh integer", lambda m: omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1), TypeError, "Vh: got torch.int64"),
+    (
+        "top-k, Vh integer",
+        lambda m: omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1),
+        TypeError,
+        "Vh: got torch.int64",
+    ),
     ("bound, shape of one", lambda m: svft.rank_bound(O, (3,)), ValueError, r"shape: got \(3,\)"),
     ("bound, Omega outside", lambda m: svft.rank_bound(O, (3, 2)), ValueError, "omega: got up to"),
     ("omega no tensor", lambda m: svft.term_rank([[0], [0]]), TypeError, "omega: got list"),
@@ -1425,20 +1615,91 @@ BAD = [
     ("pattern returns one outside", lambda m: inject_2(m, pattern=lambda svd: O + 5), ValueError, "omega: got up to"),
     ("k with banded", lambda m: inject_2(m, k=3), ValueError, "k: got 3 with pattern 'banded'"),
     ("k with a tensor", lambda m: inject_2(m, pattern=O, k=3), ValueError, "k: got 3 with pattern"),
-    ("top-k in a rectangular layer", lambda m: svft.inject(m, ["2", "4"], "top_k"), ValueError, "layer '4': top_k: got"),
+    (
+        "top-k in a rectangular layer",
+        lambda m: svft.inject(m, ["2", "4"], "top_k"),
+        ValueError,
+        "layer '4': top_k: got",
+    ),
     ("path unknown", lambda m: inject_2(m, path="sparse"), ValueError, "path: got 'sparse'"),
     ("gather without W0", lambda m: inject_2(m, path="gather", keep_weight=False), ValueError, "path: got 'gather'"),
-    ("fused with a truncated SVD", lambda m: inject_2(m, path="fused", rank=2), ValueError, "rank: got a truncated SVD"),
-    ("no W0 and a truncated SVD", lambda m: inject_2(m, keep_weight=False, rank=2), ValueError, "rank: got a truncated"),
-    ("fused in half", lambda m: inject_2(m.half(), path="fused"), ValueError, "path: got torch.float16 factors"),
-    ("no W0 in half", lambda m: inject_2(m.bfloat16(), keep_weight=False), ValueError, "path: got torch.bfloat16 factors"),
+    (
+        "fused with a truncated SVD",
+        lambda m: inject_2(m, path="fused", rank=2),
+        ValueError,
+        "path: got 'fused' .*2 of 6, would change W0",
+    ),
+    (
+        "no W0 and a truncated SVD",
+        lambda m: inject_2(m, keep_weight=False, rank=2),
+        ValueError,
+        "path: got 'auto' with keep_weight=False.*2 of 6",
+    ),
+    (
+        "fused in half",
+        lambda m: inject_2(m.half(), path="fused"),
+        ValueError,
+        "path: got 'fused' .*torch.float16 factors",
+    ),
+    (
+        "no W0 in half",
+        lambda m: inject_2(m.bfloat16(), keep_weight=False),
+        ValueError,
+        "path: got 'auto' with keep_weight=False.*torch.bfloat16 factors",
+    ),
     ("an unknown option", lambda m: inject_2(m, ranks=2), TypeError, "layer '2'.*'ranks'"),
-    ("svd with its options", lambda m: inject_2(m, svd=compute_svd(m[2].weight), rank=2), ValueError, "svd: got svd= together"),
-    ("svd of another weight", lambda m: inject_2(m, svd=compute_svd(torch.randn(6, 6))), ValueError, "svd: got factors with"),
+    (
+        "svd with its options",
+        lambda m: inject_2(m, svd=compute_svd(m[2].weight), rank=2),
+        ValueError,
+        "svd: got svd= together",
+    ),
+    (
+        "svd of another weight",
+        lambda m: inject_2(m, svd=compute_svd(torch.randn(6, 6))),
+        ValueError,
+        "svd: got factors with",
+    ),
     ("svd of other shapes", lambda m: inject_2(m, svd=compute_svd(W)), ValueError, "svd: got shapes"),
-    ("svd not orthonormal", lambda m: inject_2(m, svd=SVD(m[2].weight, torch.ones(6), torch.eye(6))), ValueError, "svd: got"),
+    (
+        "svd not orthonormal",
+        lambda m: inject_2(m, svd=SVD(m[2].weight, torch.ones(6), torch.eye(6))),
+        ValueError,
+        "svd: got",
+    ),
+    (
+        "svd of a scalar S",
+        lambda m: inject_2(m, svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6))),
+        ValueError,
+        "svd: got shapes",
+    ),
+    (
+        "svd in bfloat16 for a float32 weight",
+        lambda m: inject_2(m, svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight)))),
+        ValueError,
+        "svd: got factors",
+    ),
+    (
+        "svd with negative S",
+        lambda m: inject_2(m, svd=(lambda v: SVD(-v.U, -v.S, v.Vh))(compute_svd(m[2].weight))),
+        ValueError,
+        "Sigma sorted, >= 0",
+    ),
+    ("x a scalar", lambda m: SVFTLinear(m[2])(torch.tensor(1.0)), ValueError, "x: got shape"),
+    (
+        "weight sparse",
+        lambda m: compute_svd(torch.eye(3).to_sparse()),
+        TypeError,
+        "weight: got a Tensor .torch.sparse_coo., want a plain dense",
+    ),
+    ("bound, shape a number", lambda m: svft.rank_bound(O, 5), ValueError, "shape: got 5"),
     ("svd no triple", lambda m: inject_2(m, svd=torch.eye(6)), TypeError, "svd: got Tensor"),
-    ("svd with NaN", lambda m: inject_2(m, svd=SVD(torch.eye(6) * math.nan, torch.ones(6), torch.eye(6))), ValueError, "svd: got"),
+    (
+        "svd with NaN",
+        lambda m: inject_2(m, svd=SVD(torch.eye(6) * math.nan, torch.ones(6), torch.eye(6))),
+        ValueError,
+        "svd: got",
+    ),
     ("inject seed", lambda m: inject_2(m, seed=-1), ValueError, "seed: got -1"),
     ("model no module", lambda m: svft.inject({}, ["2"]), TypeError, "model: got dict"),
     ("targets a number", lambda m: svft.inject(m, 2), TypeError, "target_modules: got 2"),
@@ -1447,10 +1708,20 @@ BAD = [
     ("targets an empty string", lambda m: svft.inject(m, ""), ValueError, "target_modules: got ''"),
     ("targets match nothing", lambda m: svft.inject(m, ["7"]), ValueError, "'7', which matches nothing"),
     ("targets no regular expression", lambda m: svft.inject(m, "2("), ValueError, r"target_modules: got '2\('"),
-    ("target no linear layer", lambda m: svft.inject(m, ["1"]), TypeError, "layer '1': base: got torch.nn.modules.activation.Tanh"),
+    (
+        "target no linear layer",
+        lambda m: svft.inject(m, ["1"]),
+        TypeError,
+        "layer '1': base: got torch.nn.modules.activation.Tanh",
+    ),
     ("target the whole model", lambda m: svft.inject(m, ".*"), TypeError, "layer '': base: got .*Sequential"),
     ("target the model itself", lambda m: svft.inject(m[2], ".*"), ValueError, "got the model itself"),
-    ("base a subclass", lambda m: SVFTLinear(Subclass(2, 2)), TypeError, "base: got .*Subclass, want exactly nn.Linear"),
+    (
+        "base a subclass",
+        lambda m: SVFTLinear(Subclass(2, 2)),
+        TypeError,
+        "base: got .*Subclass with .*, want exactly nn.Linear",
+    ),
     ("base no module", lambda m: SVFTLinear(3), TypeError, "base: got builtins.int"),
     ("base a convolution", lambda m: SVFTLinear(nn.Conv1d(2, 2, 1)), TypeError, "base: got .*Conv1d"),
     ("merge no module", lambda m: svft.merge(3), TypeError, "model: got int"),
@@ -1468,14 +1739,26 @@ BAD_MODELS = [
     ("no inputs", with_weight(torch.ones(6, 0)), "2", ValueError, r"weight: got a empty tensor"),
     ("parametrised", wrapped(lambda m: nn.utils.parametrizations.orthogonal(m[2])), "2", TypeError, "Parametrized"),
     ("weight-normed", wrapped(lambda m: nn.utils.parametrizations.weight_norm(m[2])), "2", TypeError, "Parametrized"),
-    ("weight-normed, old way", wrapped(norm_old), "2", TypeError, "base: got .*Linear"),
+    ("weight-normed, old way", wrapped(norm_old), "2", TypeError, "base: got .*weight_g.*weight_v"),
     ("pruned", wrapped(lambda m: nn.utils.prune.l1_unstructured(m[2], "weight", 3)), "2", TypeError, "base: got"),
     ("a forward hook", wrapped(lambda m: m[2].register_forward_hook(print)), "2", ValueError, "got hooks"),
     ("a forward pre-hook", wrapped(lambda m: m[2].register_forward_pre_hook(print)), "2", ValueError, "got hooks"),
-    ("a forward of its own", wrapped(lambda m: setattr(m[2], "forward", print)), "2", ValueError, "got hooks or a forward"),
+    (
+        "a forward of its own",
+        wrapped(lambda m: setattr(m[2], "forward", print)),
+        "2",
+        ValueError,
+        "got hooks or a forward",
+    ),
     ("injected already", wrapped(lambda m: svft.inject(m, ["2"])), "2", TypeError, "got an SVFTLinear already"),
     ("under two names", wrapped(lambda m: m.append(m[2])), "2", ValueError, "shared with '5'"),
-    ("a tied weight", wrapped(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)), "2", ValueError, "'5'"),
+    (
+        "a tied weight",
+        wrapped(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)),
+        "2",
+        ValueError,
+        "'5'",
+    ),
     ("an attention's own projection", attention(), "a.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
     ("an encoder layer's inner one", attention(), "e.linear1", ValueError, "inference reads the weight"),
     ("an embedding", nn.ModuleDict({"wte": nn.Embedding(4, 3)}), "wte", TypeError, "base: got .*Embedding"),
@@ -1494,16 +1777,27 @@ class TestBadInput:
             call(model)
         assert error is FileNotFoundError or "want" in str(caught.value) or "unexpected keyword" in str(caught.value)
         assert modules == list(model.modules()) and list(tmp_path.iterdir()) == []
-        assert all(torch.equal(p.float(), before[n].to(p.dtype).float()) and p.requires_grad for n, p in model.named_parameters())
+        assert all(
+            torch.equal(p.float(), before[n].to(p.dtype).float()) and p.requires_grad
+            for n, p in model.named_parameters()
+        )
 
-    @pytest.mark.parametrize("model, target, error, text", [pytest.param(*b[1:], id=b[0].replace(" ", "-")) for b in BAD_MODELS])
+    @pytest.mark.parametrize(
+        "model, target, error, text", [pytest.param(*b[1:], id=b[0].replace(" ", "-")) for b in BAD_MODELS]
+    )
     def test_a_layer_it_cannot_serve_is_refused_and_named(self, model, target, error, text):
         """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do."""
-        before = [(n, id(m)) for n, m in model.named_modules()], [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+        before = (
+            [(n, id(m)) for n, m in model.named_modules()],
+            [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+        )
         with pytest.raises(error, match=text) as caught:
             svft.inject(model, [target])
         assert f"layer {target!r}" in str(caught.value) and "want" in str(caught.value)
-        assert before == ([(n, id(m)) for n, m in model.named_modules()], [(n, id(p), p.requires_grad) for n, p in model.named_parameters()])
+        assert before == (
+            [(n, id(m)) for n, m in model.named_modules()],
+            [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+        )
 
 
 # ---------------------------------------------------------------- numbers of the paper: trainable parameters
@@ -1512,7 +1806,15 @@ class TestBadInput:
 def dims(hidden, kv, up, cross=None):
     """One layer's weights, (d1, d2): q, k, v, o of an attention and gate, up, down of its MLP."""
     cross = cross or hidden
-    return {"q": (cross, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, cross), "gate": (up, hidden), "up": (up, hidden), "down": (hidden, up)}
+    return {
+        "q": (cross, hidden),
+        "k": (kv, hidden),
+        "v": (kv, hidden),
+        "o": (hidden, cross),
+        "gate": (up, hidden),
+        "up": (up, hidden),
+        "down": (hidden, up),
+    }
 
 
 def encoder(width, up):
@@ -1701,7 +2003,9 @@ class TestDocuments:
         source = inspect.getsource(svft)
         imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M)) - {"__future__"}
         assert imported - set(sys.stdlib_module_names) == {"torch", "numpy"}
-        assert set(svft.__all__) == {n for n, v in vars(svft).items() if getattr(v, "__module__", 0) == "svft" and n[0] != "_"}
+        assert set(svft.__all__) == {
+            n for n, v in vars(svft).items() if getattr(v, "__module__", 0) == "svft" and n[0] != "_"
+        }
         assert f"svft.py {svft.__version__}" in source.splitlines()[0] and "Apache-2.0" in source.splitlines()[1]
 
 
@@ -1710,11 +2014,23 @@ class TestDocuments:
 MUTATIONS = [
     # svft.py has this; change it to this; and this test fails
     # -- the SVD
-    ("if d1 < d2:\n        U, Vh = Vh.T, U.T", "if d1 < d2:\n        U, Vh = Vh.T, U.T.flip(0)", "factors_are_orthonormal_and_reproduce"),
+    (
+        "if d1 < d2:\n        U, Vh = Vh.T, U.T",
+        "if d1 < d2:\n        U, Vh = Vh.T, U.T.flip(0)",
+        "factors_are_orthonormal_and_reproduce",
+    ),
     ("    svd = _canonical(SVD(U, S, Vh))", "    svd = SVD(U, S, Vh)", "signs_are_canonical"),
-    ("return SVD(U * u.T, S, Vh * torch", "return SVD(U * u.T, S, Vh + 0 * torch", "factors_are_orthonormal_and_reproduce"),
+    (
+        "return SVD(U * u.T, S, Vh * torch",
+        "return SVD(U * u.T, S, Vh + 0 * torch",
+        "factors_are_orthonormal_and_reproduce",
+    ),
     ("A.abs().argmax(1", "A.argmax(1", "signs_are_canonical"),
-    ("weight if weight.is_cuda else weight.cpu()).to(dtype)", "weight if weight.is_cuda else weight.cpu()).float()", "computed_in_float64"),
+    (
+        "weight if weight.is_cuda else weight.cpu()).to(dtype)",
+        "weight if weight.is_cuda else weight.cpu()).float()",
+        "computed_in_float64",
+    ),
     ("out = torch.promote_types(weight.dtype, torch.float32)", "out = torch.float32", "computed_in_float64"),
     ("r1, r2 = (d1, d2) if full_matrices", "r1, r2 = (n, n) if full_matrices", "factors_are_orthonormal_and_reproduce"),
     # -- Omega
@@ -1728,7 +2044,11 @@ MUTATIONS = [
     ("alignment = (U.T @ Vh.T).abs()", "alignment = (U @ Vh).abs()", "top_k_takes_the_largest"),
     ("k = omega_banded(r1, r2, d).shape[1] if k is None", "k = d if k is None", "as_many_entries_as_the_band"),
     ("if j not in came_from:", "if j not in came_from and j not in row_of:", "term_rank_is_the_largest_matching"),
-    ("column_of[i], row_of[free], free = free, i, previous", "column_of[i], row_of[free], free = free, i, None", "term_rank_is_the_largest"),
+    (
+        "column_of[i], row_of[free], free = free, i, previous",
+        "column_of[i], row_of[free], free = free, i, None",
+        "term_rank_is_the_largest",
+    ),
     ("return min(_check_omega(omega, d1, d2).shape[1], d1, d2)", "return min(d1, d2)", "rank_is_at_most_term_rank"),
     ("if not found[0] <= found[1] <= found[2]:", "if False:", "a_rank_above_its_bound"),
     # -- the layer
@@ -1743,7 +2063,7 @@ MUTATIONS = [
     ("if low and self.weight is not None:\n            delta", "if False:\n            delta", "lose_no_small_update"),
     ("m = m.to(torch.promote_types(m.dtype, torch.float32))", "m = m.to(self.U.dtype)", "lose_no_small_update"),
     ("        self._check_path()\n        if self._disabled:", "        if self._disabled:", "refuses_a_later_half"),
-    ("if path == \"dense\" or T == 0:", "if path == \"dense\":", "training_starts_at_W0"),
+    ('if path == "dense" or T == 0:', 'if path == "dense":', "training_starts_at_W0"),
     ("with torch.autocast(x.device.type, enabled=False):", "if True:", "autocast_agrees"),
     ("return self.U.to(Y.dtype) @ Y", "return (self.U.to(Y.dtype) @ Y).detach()", "every_path_equals"),
     # -- merge, inject, disabled
@@ -1751,22 +2071,34 @@ MUTATIONS = [
     ("if lost > 0.1:", "if lost > 2:", "warns_with_the_figure"),
     ("return layer.train(self.training)", "return layer", "type_layout_dtype"),
     ("nn.Parameter(self.bias.clone(), requires", "nn.Parameter(self.bias, requires", "type_layout_dtype"),
-    ("layer.weight = nn.Parameter((W.T if self._transposed else W)", "layer.weight = nn.Parameter((W)", "merged_layer_computes"),
-    ("rf\"(.*\\.)?{re", "rf\".*{re", "targets_are_matched"),
+    (
+        "layer.weight = nn.Parameter((W.T if self._transposed else W)",
+        "layer.weight = nn.Parameter((W)",
+        "merged_layer_computes",
+    ),
+    ('rf"(.*\\.)?{re', 'rf".*{re', "targets_are_matched"),
     ("if id(parameter) not in trained:", "if parameter.ndim != 1:", "freezes_everything_but_the_ms"),
     ("(seed + zlib.crc32(name.encode()))", "(seed + 0)", "another_omega_for_each_layer"),
     ("layer._disabled -= 1", "layer._disabled = 0", "inside_disabled"),
     ("if other != name and any(p is base.weight", "if False and any(p is base.weight", "refused_and_named"),
-    ("if omega is not None and not torch.equal(omega.cpu()", "if False and not torch.equal(omega.cpu()", "another_omega_is_refused"),
+    (
+        "if omega is not None and not torch.equal(omega.cpu()",
+        "if False and not torch.equal(omega.cpu()",
+        "another_omega_is_refused",
+    ),
     # -- files
     ("        _check_svd(svd, weight)\n        if", "        if", "damaged_or_foreign"),
     ("or not torch.equal(svd.U, _canonical(svd).U)", "", "damaged_or_foreign"),
     ("weight, r1, r2, dtype)}.pt", "weight, r1, r2)}.pt", "changes_the_file"),
     ("if not difference <= 1e-3 * norm:", "if False:", "flipped_signs_are_refused"),
-    ("content[\"sha256\"] != _sha256(content[\"layers\"])", "False", "no_whole_adapter"),
-    ("        os.replace(temporary, path)\n    finally:", "        os.replace(temporary, path)\n    except OSError:", "fails_half_way"),
+    ('content["sha256"] != _sha256(content["layers"])', "False", "no_whole_adapter"),
+    (
+        "        os.replace(temporary, path)\n    finally:",
+        "        os.replace(temporary, path)\n    except OSError:",
+        "fails_half_way",
+    ),
     ("if bases or full else {}", "if bases else {}", "full_svd_always_stores"),
-    ("if not torch.equal(layer.omega.cpu(), entry[\"omega\"]):", "if False:", "other_omegas_are_refused"),
+    ('if not torch.equal(layer.omega.cpu(), entry["omega"]):', "if False:", "other_omegas_are_refused"),
     ("        _check_svd(svd, layer._W0())", "        pass", "rotated_degenerate"),
     ("if missing := sorted(have.keys() - entries.keys()):", "if missing := []:", "layers_that_the_file_does_not_have"),
 ]
@@ -1782,5 +2114,7 @@ class TestMutationProof:
         (tmp_path / "svft.py").write_text(source.replace(old, new), encoding="utf-8")
         (tmp_path / "test_svft.py").write_bytes(Path(__file__).read_bytes())
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", test, "test_svft.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+        )
         assert done.returncode == 1 and "failed" in done.stdout, f"survived:\n{old}\n->\n{new}\n{done.stdout[-1500:]}"
