@@ -1,20 +1,23 @@
 """Fine-tune GPT-2 with SVFT, set SVFT against other methods, and time it. Three commands, no download.
 
-    python train_toy.py            pre-train a small GPT-2 on Python's standard library, then fine-tune it
-                                   with SVFT on the prose of Python's language reference
-    python train_toy.py compare    figure 1 of the paper in miniature, against six methods
-    python train_toy.py bench      what each path of svft.py costs, against a frozen linear and LoRA
+python train_toy.py            pre-train a small GPT-2 on Python's standard library, then fine-tune it
+                               with SVFT on the prose of Python's language reference
+python train_toy.py compare    figure 1 of the paper in miniature, against six methods
+python train_toy.py bench      what each path of svft.py costs, against a frozen linear and LoRA
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import platform
+import statistics
 import sys
 import time
 import uuid
@@ -62,13 +65,16 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            torch.cuda.set_device(device := torch.device("cuda", own))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: got {name!r}, want a device that this machine has ({reason})") from None
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and torch.cuda.device_count() < wanted:
+        raise UserError(f"torchrun: got {wanted} processes, want one per GPU at most: {torch.cuda.device_count()}")
     return device
 
 
@@ -120,22 +126,20 @@ def clock(seconds: float) -> str:
 class Progress:
     """A line on stderr: rewritten twice a second on a terminal, a new one every 15 seconds elsewhere."""
 
-    def __init__(self, label: str, steps: int, tokens_per_step: int) -> None:
-        self.label, self.steps, self.tokens = label, steps, tokens_per_step
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
         self.terminal = sys.stderr.isatty()
         self.start = self.last = time.perf_counter()
 
-    def __call__(self, step: int, loss: Callable[[], float]) -> None:
-        """After step 1, 2, ...; loss() waits for the device, so it is called only where a line is due."""
+    def __call__(self, done: int, text: Callable[[float], str]) -> None:
+        """done units of the total are; text(units per second) is called only where a line is due: it may wait."""
         now = time.perf_counter()
-        if rank() or not self.label or (now - self.last < (0.5 if self.terminal else 15) and step < self.steps):
+        due = now - self.last >= (0.5 if self.terminal else 15) or done == self.total
+        if rank() or not self.label or not due:
             return
-        self.last, rate = now, step / (now - self.start)
-        line = (
-            f"{self.label}: step {step}/{self.steps}, loss {loss():.3f}, {rate:.1f} steps/s, "
-            f"{rate * self.tokens:,.0f} tokens/s, {clock((self.steps - step) / rate)} left"
-        )
-        end = "\n" if step == self.steps or not self.terminal else ""
+        self.last, rate = now, done / (now - self.start)
+        line = f"{self.label}: {self.unit} {done}/{self.total}, {text(rate)}, {clock((self.total - done) / rate)} left"
+        end = "" if self.terminal and done < self.total else "\n"
         print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
 
 
@@ -203,15 +207,15 @@ class Task:
 
 
 def make_task(text: str, source: str, codec: Codec, args: argparse.Namespace, device: torch.device) -> Task:
-    """Cut the text's tokens into 40 contiguous blocks: of each ten, eight to train, one to validate, one to test."""
+    """Cut the text's tokens into 100 blocks: of each ten, eight to train, one to validate, one to test."""
     tokens = codec.encode(text)
-    length = len(tokens) // 40
-    if 4 * length <= args.context:
-        want = 10 * args.context + 50
-        raise UserError(f"{source}: too little text: got {len(tokens):,} {codec.unit}s, want {want:,} or more")
+    length = len(tokens) // 100
+    if 10 * length <= args.context:
+        got, want = f"{len(tokens):,} {codec.unit}s", f"{10 * args.context + 100:,} or more"
+        raise UserError(f"{source}: too little text: got {got}, want {want}")
     if args.batch % world():
         raise UserError(f"--batch: got {args.batch}, want a multiple of the {world()} processes")
-    blocks, fold = tokens[: 40 * length].view(40, length), torch.arange(40) % 10
+    blocks, fold = tokens[: 100 * length].view(100, length), torch.arange(100) % 10
     train, val, test = (blocks[part].flatten() for part in (fold < 8, fold == 8, fold == 9))
     amp = device.type == "cuda" if args.amp is None else args.amp
     return Task(train, val, test, args.context, args.batch, device, amp)
@@ -338,7 +342,7 @@ def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label:
         lambda t: (t + 1) / warm if t < warm else 0.5 + 0.5 * math.cos(math.pi * (t + 1 - warm) / (steps - warm)),
     )
     generator = torch.Generator().manual_seed(seed)
-    progress = Progress(label, steps, task.batch * task.context)
+    progress, tokens = Progress(label, steps, "step"), task.batch * task.context
     model.train()
     start = time.perf_counter()
     for step in range(1, steps + 1):
@@ -348,7 +352,7 @@ def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        progress(step, loss.item)
+        progress(step, lambda r, loss=loss: f"loss {loss.item():.3f}, {r:.1f} steps/s, {r * tokens:,.0f} tokens/s")
     synchronize(task.device)
     return time.perf_counter() - start
 
@@ -395,16 +399,16 @@ def write_cache(file: Path, model: GPT2) -> None:
         say(f"going on without a cache: cannot write {file} ({error})")
 
 
-def pretrained(args: argparse.Namespace, device: torch.device, steps: int = 800, lr: float = 2e-3) -> GPT2:
+def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 1200, lr: float = 3e-3) -> GPT2:
     """Our GPT-2, trained on the standard library's source: from the cache, or made now and put there."""
-    settings = argparse.Namespace(context=Config.context, batch=16, amp=False)
+    settings = argparse.Namespace(context=Config.context, batch=8, amp=False)
     task = make_task(read_stdlib(), "the standard library", BYTES, settings, device)
-    key = digest("format 1", dataclasses.astuple(Config()), steps, settings.batch, lr, args.seed, task.train)
-    file = args.cache / f"gpt2-{key}.pt"
+    key = digest("format 1", dataclasses.astuple(Config()), steps, task.batch, lr, seed, task.train)
+    file = cache / f"gpt2-{key}.pt"
     if (model := read_cache(file, device)) is None:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         model = GPT2(Config()).to(device)
-        train(model, task, steps, lr, args.seed, "pre-training")
+        train(model, task, steps, lr, seed, "pre-training")
         write_cache(file, model)
     return model
 
@@ -427,6 +431,7 @@ def from_transformers(name: str, device: torch.device) -> tuple[nn.Module, Codec
         raise UserError(f"--base: got {name!r}, want a model with its tokenizer ({one_line(error)})") from None
     try:
         model = AutoModelForCausalLM.from_pretrained(name).float().to(device)
+        model.config.use_cache = False
     except Exception as error:
         raise UserError(f"--base: got {name!r}, want a causal language model ({one_line(error)})") from None
 
@@ -439,32 +444,32 @@ def from_transformers(name: str, device: torch.device) -> tuple[nn.Module, Codec
 # ---------------------------------------------------------------- python train_toy.py
 
 
-def inject(model: nn.Module, targets: list[str], *args: Any, **options: Any) -> nn.Module:
-    """svft.inject, its refusals as one line."""
+def svft_lr(k: float) -> float:
+    """A peak learning rate for k entries per matrix: near the best on this task, and near the paper's."""
+    return min(0.2, 5 * k ** (-2 / 3))
+
+
+def inject(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """svft.inject with the command line's choices, its refusals as one line."""
     try:
-        return svft.inject(model, targets, *args, **options)
+        return svft.inject(model, args.targets, args.pattern, args.d, seed=args.seed, cache_dir=args.cache)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(one_line(error)) from None
 
 
-def default_lr(pattern: str, d: int) -> float:
-    """The more entries, the smaller the rate, as in the paper's appendix; found on this task."""
-    return 0.05 if pattern == "plain" or d == 0 else 0.02 if d < 4 else 0.01
-
-
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Codec, Task]:
-    """The base model, its codec, and the text in its tokens; what can be refused is, before the long work."""
+    """The base model, its codec and the text in its tokens; refuses what it must before the long work."""
     text = read_text(args.data) if args.data else read_topics()
     model, codec = from_transformers(args.base, device) if args.base else (None, BYTES)
-    most = getattr(model.config, "max_position_embeddings", args.context) if args.base else Config.context
+    most = getattr(model.config, "max_position_embeddings", args.context) if model else Config.context
     if args.context > most:
         raise UserError(f"--context: got {args.context}, want at most the model's {most}")
-    if args.save and not Path(args.save).resolve().parent.is_dir():
-        raise UserError(f"--save: got {args.save!r}, want a file in a folder that exists")
+    if args.save and (args.save.is_dir() or not args.save.resolve().parent.is_dir()):
+        raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that exists")
     task = make_task(text, args.data or "pydoc_data.topics", codec, args, device)
     if model is None:
-        inject(GPT2(Config()), args.targets, args.pattern, args.d, cache_dir=None)  # a rehearsal
-        model = pretrained(args, device)
+        inject(GPT2(Config()), args)  # a rehearsal on a model that is not trained
+        model = pretrained(args.cache, device, args.seed)
     return model, codec, task
 
 
@@ -475,29 +480,36 @@ def finetune(args: argparse.Namespace) -> None:
         with first_process_first():
             model, codec, task = prepare(args, device)
             total = sum(p.numel() for p in model.parameters())
-            inject(model, args.targets, args.pattern, args.d, seed=args.seed, cache_dir=args.cache)
+            inject(model, args)
+        sizes = [p.numel() for p in model.parameters() if p.requires_grad]  # k of each layer
+        lr = args.lr or svft_lr(sum(sizes) / len(sizes))
         before = evaluate(model, task.val, task)
-        runner = torch.compile(model) if args.compile else model
-        if world() > 1:
-            own = [device.index] if device.type == "cuda" else None
-            runner = nn.parallel.DistributedDataParallel(runner, device_ids=own)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(args.seed + rank())  # for dropout, where the base model has it
-        lr = args.lr or default_lr(args.pattern, args.d)
-        seconds = train(runner, task, args.steps, lr, args.seed, "fine-tuning")
-        after = evaluate(model, task.val, task)
+        seconds = train(distribute(model, args, device), task, args.steps, lr, args.seed, "fine-tuning")
+        memory, after = peak_memory(device), evaluate(model, task.val, task)
         if not math.isfinite(after):
-            raise UserError(f"--lr: got {lr}, want a smaller one: the loss became {after}")
+            raise UserError(f"--lr: got {lr:.3g}, want a smaller one: the loss became {after}")
         if args.save and rank() == 0:
             svft.save_adapter(model, args.save)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        speed, precision = args.steps / seconds, "bfloat16 autocast" if task.amp else "float32"
-        say(f"SVFT               {args.pattern}, d = {args.d}, lr {lr}, on {device} in {precision}")
-        say(f"trained            {trained:,} parameters, {100 * trained / total:.2f}% of the model's {total:,}")
-        say(f"validation loss    {before:.3f} -> {after:.3f} nats per {codec.unit} ({after - before:+.3f})")
-        say(f"speed              {speed:.1f} steps/s, {speed * task.batch * task.context:,.0f} {codec.unit}s/s")
-        say(f"peak memory        {peak_memory(device)}")
+        choice = args.pattern if args.pattern == "plain" else f"{args.pattern}, d = {args.d}"
+        precision, rate = "bfloat16 autocast" if task.amp else "float32", args.steps / seconds
+        say(f"SVFT              {choice}, learning rate {lr:.3g}, {len(sizes)} layers, on {device} in {precision}")
+        say(f"trained           {sum(sizes):,} parameters, {sum(sizes) / total:.2%} of the model's {total:,}")
+        say(f"validation loss   {before:.3f} -> {after:.3f} nats per {codec.unit} ({after - before:+.3f})")
+        say(f"speed             {rate:.1f} steps/s, {rate * task.batch * task.context:,.0f} {codec.unit}s/s")
+        say(f"peak memory       {memory}")
         show(model.eval(), codec, task, args.seed)
-        say(f"seconds            {seconds:.1f} of fine-tuning, {time.perf_counter() - begin:.1f} in all")
+        say(f"seconds           {seconds:.1f} of fine-tuning, {time.perf_counter() - begin:.1f} in all")
+
+
+def distribute(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """model as it is to be trained: compiled if asked for, data-parallel under torchrun."""
+    runner = torch.compile(model) if args.compile else model
+    if world() == 1:
+        return runner
+    return nn.parallel.DistributedDataParallel(runner, [device] if device.type == "cuda" else None)
 
 
 @torch.no_grad()
@@ -511,25 +523,697 @@ def show(model: nn.Module, codec: Codec, task: Task, seed: int) -> None:
     adapted = logits_of(model, window)
     merged = logits_of(svft.merge(model), window)
     difference, largest = float((merged - adapted).abs().max()), float(adapted.abs().max())
-    say(f"merged - adapted   at most {difference:.1e}, of logits up to {largest:.1f}")
+    say(f"merged - adapted  at most {difference:.1e}, of logits up to {largest:.1f}")
     for name, text in (("prompt", codec.decode(prompt.tolist())), ("before", before), ("after", after)):
         say(f"--- {name}\n{text}")
     say("---")
 
 
+# ---------------------------------------------------------------- the other methods, each from its formula
+
+
+class Adapter(nn.Module):
+    """A frozen linear layer W0 x + b, W0 (d1, d2), with something trained beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.d1, self.d2 = base.weight.shape
+
+    def values(self, *shape: int, scale: float = 0.0) -> nn.Parameter:
+        """A trained parameter on W0's device: uniform in [-scale, scale], or zero."""
+        W0 = self.base.weight
+        return nn.Parameter(torch.empty(shape, dtype=W0.dtype, device=W0.device).uniform_(-scale, scale))
+
+
+class LoRA(Adapter):
+    """h = W0 x + (alpha / r) B A x + b; B = 0 at the start, alpha = 2 r."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float | None = None) -> None:
+        super().__init__(base)
+        self.A = self.values(r, self.d2, scale=self.d2**-0.5)  # (r, d2)
+        self.B = self.values(self.d1, r)  # (d1, r)
+        self.scale = (2 * r if alpha is None else alpha) / r
+
+    @staticmethod
+    def count(d1: int, d2: int, r: int) -> int:
+        return r * (d1 + d2)
+
+    def update(self, x: Tensor) -> Tensor:  # (..., d2) -> (..., d1)
+        return F.linear(F.linear(x, self.A) * self.scale, self.B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.update(x)
+
+    def merged_weight(self) -> Tensor:  # (d1, d2)
+        return self.base.weight + self.scale * self.B @ self.A
+
+
+class DoRA(LoRA):
+    """W = m V / ||V||, V = W0 + (alpha / r) B A; m = ||W0|| at the start.
+
+    The norm is taken per output feature (a row of W), as common implementations do; the SVFT paper writes it per
+    column. No gradient flows through it, which the authors of DoRA propose to save memory.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float | None = None) -> None:
+        super().__init__(base, r, alpha)
+        self.m = nn.Parameter(base.weight.detach().norm(dim=1))  # (d1,)
+
+    @staticmethod
+    def count(d1: int, d2: int, r: int) -> int:
+        return r * (d1 + d2) + d1
+
+    def gain(self) -> Tensor:  # (d1,)
+        return self.m / super().merged_weight().detach().norm(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.gain() * (F.linear(x, self.base.weight) + self.update(x))
+        return h if self.base.bias is None else h + self.base.bias
+
+    def merged_weight(self) -> Tensor:
+        return self.gain()[:, None] * super().merged_weight()
+
+
+class VeRA(Adapter):
+    """h = W0 x + L_b B L_d A x + b; L_b = 0 and L_d = 0.1 at the start, both diagonal and all that is trained.
+
+    shared: (d1, d2) -> the random, frozen A (r, d2) and B (d1, r), the same for all layers of one shape.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, shared: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> None:
+        super().__init__(base)
+        if (self.d1, self.d2) not in shared:
+            A, B = (self.values(r, self.d2, scale=(3 / self.d2) ** 0.5), self.values(self.d1, r, scale=(3 / r) ** 0.5))
+            shared[self.d1, self.d2] = A.detach(), B.detach()
+        A, B = shared[self.d1, self.d2]
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+        self.L_d = nn.Parameter(self.values(r).data + 0.1)  # (r,)
+        self.L_b = self.values(self.d1)  # (d1,)
+
+    @staticmethod
+    def count(d1: int, d2: int, r: int) -> int:
+        return r + d1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.L_b * F.linear(self.L_d * F.linear(x, self.A), self.B)
+
+    def merged_weight(self) -> Tensor:
+        return self.base.weight + (self.L_b[:, None] * self.B) @ (self.L_d[:, None] * self.A)
+
+
+class BOFT(Adapter):
+    """W = R_m ... R_1 W0, each R a butterfly-permuted block-diagonal orthogonal matrix (d1, d1), blocks b x b.
+
+    Each block is the Cayley transform (I + K)^-1 (I - K) of a trained skew-symmetric K, zero at the start. Factor
+    i mixes chunks of b / 2 features that lie 2^i chunks apart, so m factors mix b 2^(m-1) features.
+    """
+
+    def __init__(self, base: nn.Linear, b: int, m: int) -> None:
+        super().__init__(base)
+        if b % 2 or self.d1 % (b * 2 ** (m - 1)):
+            raise ValueError(f"b, m: got {b}, {m}, want b even and b 2^(m-1) to divide d1 = {self.d1}")
+        self.b = b
+        self.K = self.values(m, self.d1 // b, b * (b - 1) // 2)  # K's entries above the diagonal
+
+    @staticmethod
+    def count(d1: int, d2: int, b: int, m: int) -> int:
+        return m * d1 * (b - 1) // 2
+
+    def blocks(self) -> Tensor:  # (m, d1 / b, b, b), orthogonal
+        i, j = torch.triu_indices(self.b, self.b, 1, device=self.K.device)
+        upper = self.K.new_zeros(*self.K.shape[:2], self.b, self.b)
+        upper[:, :, i, j] = self.K
+        skew, eye = upper - upper.mT, torch.eye(self.b, device=self.K.device, dtype=self.K.dtype)
+        return torch.linalg.solve(eye + skew, eye - skew)
+
+    def merged_weight(self) -> Tensor:  # (d1, d2)
+        y = self.base.weight.T  # (d2, d1): R acts on its rows
+        for i, Q in enumerate(self.blocks()):
+            chunks = y.unflatten(-1, (-1, 2, 2**i, self.b // 2))  # (d2, g, 2, 2^i, b / 2)
+            parts = chunks.transpose(-3, -2).flatten(-2)  # (d2, g, 2^i, b)
+            mixed = torch.einsum("xgsj,gsij->xgsi", parts, Q.unflatten(0, parts.shape[1:3]))
+            y = mixed.unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1)  # (d2, d1)
+        return y.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.merged_weight(), self.base.bias)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """GPT-2's four linear layers per block, by name."""
+    return {name: layer for name, layer in model.named_modules() if name.rpartition(".")[2] in TARGETS}
+
+
+def adapt(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Freeze model and put make(layer) in the place of each of those layers."""
+    model.requires_grad_(False)
+    for name, layer in linears(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, make(layer))
+    return model
+
+
+# ---------------------------------------------------------------- python train_toy.py compare
+
+BANDS = [(1, 2), (3, 4), (8, 8), (16, 16)]  # (z1, z2): as many entries as LoRA r = 1, 2, 4, 8, within 5%
+ENTRIES = 64  # of each M in the truncation study, whatever the rank: all of M at rank 8
+NAMES = {
+    "plain": "SVFT plain",
+    "banded": "SVFT banded",
+    "random": "SVFT random",
+    "top-k": "SVFT top-k [1]",
+    "diagonal": "SVFT random with the diagonal",
+    "gradient": "SVFT largest |U^T G V|",
+    "kept": "SVFT rank r, W0 kept",
+    "cut": "SVFT rank r, W0 cut to it",
+}
+NOTES = """\
+recovered: (base - method) / (base - full fine-tuning), of the losses on the test split; mean and standard
+deviation over the seeds. lr: the best of those tried with seed 0, chosen on the validation split.
+[1] top-k on the square weights only, where it is defined; as many random entries on the others.
+LoRA and DoRA: alpha = 2 r. DoRA: the norm per output feature, no gradient through it. BOFT: m factors of b x b
+blocks on the output side. VeRA: A and B shared by the layers of one shape."""
+
+
+class Entry(NamedTuple):
+    """A row of a table: a method at one size."""
+
+    method: str
+    size: tuple[int, ...] = ()
+
+    def label(self) -> str:
+        return " ".join([NAMES.get(self.method, self.method), self.setting()]).strip()
+
+    def setting(self) -> str:
+        if len(self.size) < 2:
+            return "".join(f"r={r}" for r in self.size)
+        if self.method == "BOFT":
+            return "b={}, m={}".format(*self.size)
+        return f"d={self.size[0]}" if self.size[0] == self.size[1] else "z1={}, z2={}".format(*self.size)
+
+    def rates(self, quick: bool) -> list[float]:
+        """The learning rates to try: the middle one, half and twice it. The middles were found on this task."""
+        if self.method in NAMES:
+            band = svft.omega_banded(Config.width, Config.width, *(self.size if len(self.size) == 2 else (0, 0)))
+            middle = svft_lr(ENTRIES if self.method in ("kept", "cut") else band.shape[1])
+        else:
+            first = self.size[0] if self.size else 1
+            middle = {"full": 0.0025, "VeRA": 0.12, "BOFT": 0.05 / first}.get(self.method, 0.02 * first ** (-1 / 3))
+        return [middle] if quick else [middle / 2, middle, middle * 2]
+
+
+FIGURE = [
+    Entry("full"),
+    *(Entry("LoRA", (r,)) for r in (1, 2, 4, 8)),
+    *(Entry("DoRA", (r,)) for r in (1, 2, 4)),
+    *(Entry("VeRA", (r,)) for r in (16, 256)),
+    *(Entry("BOFT", size) for size in ((2, 2), (4, 3), (8, 4))),
+    Entry("plain"),
+    *(Entry("banded", band) for band in BANDS),
+    *(Entry("random", band) for band in BANDS),
+    *(Entry("top-k", band) for band in BANDS[:3]),
+]
+QUICK = [Entry("full"), Entry("LoRA", (1,)), Entry("LoRA", (4,)), Entry("DoRA", (4,)), Entry("VeRA", (256,))]
+QUICK += [Entry("BOFT", (4, 3)), Entry("plain"), *(Entry(m, b) for m in ("banded", "random") for b in BANDS[::2])]
+QUICK += [Entry("top-k", (8, 8))]
+RANKS = [Config.width // 16, Config.width // 4, 3 * Config.width // 4]
+STUDIES = {
+    f"Truncation, {ENTRIES} random entries in each M": [
+        *(Entry(method, (r,)) for r in RANKS for method in ("kept", "cut")),
+        Entry("kept", (Config.width,)),
+    ],
+    "Random, the diagonal always held or not": [
+        Entry(method, band) for band in BANDS[:3] for method in ("random", "diagonal")
+    ],
+    "Omega chosen by the gradient at the start, against the paper's four": [
+        Entry("plain"),
+        *(Entry(m, band) for band in BANDS[:3] for m in ("banded", "random", "top-k", "gradient")),
+    ],
+}
+
+
+class Outcome(NamedTuple):
+    """What came of an entry at its best rate; test: nats per byte, one for each seed."""
+
+    lr: float
+    trained: int
+    val: float
+    test: list[float]
+
+
+def omega_of(method: str, svd: svft.SVD, size: tuple[int, ...], seed: int, G: Tensor | None) -> Tensor:
+    """Omega of one layer, as many entries as the band `size`; G (d1, d2): the gradient with respect to W0."""
+    r1, r2 = svd.U.shape[1], svd.Vh.shape[0]
+    if method in ("kept", "cut"):
+        return svft.omega_random(r1, r2, ENTRIES, seed=seed)
+    band = svft.omega_banded(r1, r2, *(size or (0, 0)))
+    k = band.shape[1]
+    if method in ("plain", "banded"):
+        return band
+    if method == "top-k" and svd.U.shape[0] == svd.Vh.shape[1]:
+        return svft.omega_top_k(svd.U, svd.Vh, k)
+    if method == "gradient":
+        flat = (svd.U.T @ G @ svd.Vh.T).abs().flatten().topk(k).indices.sort().values.cpu()
+        return torch.stack([flat // r2, flat % r2])
+    if method == "diagonal":  # all (i, i), and the rest drawn off it: r2 - 1 places per row, (i, i) left out
+        i, j = svft.omega_random(r1, r2 - 1, k - r1, seed=seed)
+        both = torch.cat([svft.omega_plain(r1, r2), torch.stack([i, j + (j >= i)])], 1)
+        return both[:, (both[0] * r2 + both[1]).argsort()]
+    return svft.omega_random(r1, r2, k, seed=seed)
+
+
+def gradients(model: nn.Module, task: Task, batches: int = 16) -> dict[str, Tensor]:
+    """Name -> G (d1, d2): the loss's gradient with respect to each weight, summed over training batches."""
+    generator = torch.Generator().manual_seed(0)
+    model.requires_grad_(True)
+    for _ in range(batches):
+        loss_of(model, task.draw(generator), task).backward()
+    found = {name: layer.weight.grad for name, layer in linears(model).items()}
+    model.zero_grad()
+    return found
+
+
+def build(model: nn.Module, entry: Entry, seed: int, task: Task, cache: Path) -> nn.Module:
+    """Freeze model but for what the method trains, which starts at W0 ("cut": at the best rank-r part of it)."""
+    torch.manual_seed(seed)
+    method, size = entry
+    shared: dict = {}
+    makers = {"LoRA": LoRA, "DoRA": DoRA, "BOFT": BOFT, "VeRA": lambda layer, r: VeRA(layer, r, shared)}
+    if method == "full":
+        return model.requires_grad_(True)
+    if method in makers:
+        return adapt(model, lambda layer: makers[method](layer, *size))
+    G = gradients(model, task) if method == "gradient" else {}
+    r = size[0] if method in ("kept", "cut") else None
+    for number, (name, layer) in enumerate(linears(model).items()):
+        svd = svft.compute_svd(layer.weight, rank=r, cache_dir=cache)
+        if method == "cut":  # as the paper's truncation does to the base model
+            layer.weight.data = (svd.U * svd.S) @ svd.Vh
+        svft.inject(model, [name], omega_of(method, svd, size, 1000 * seed + number, G.get(name)), svd=svd)
+    return model
+
+
+class Study:
+    """Runs entries and keeps every finished run in a file at once: JSON lines {"config": ..., "result": ...}."""
+
+    def __init__(self, base: nn.Module, task: Task, args: argparse.Namespace) -> None:
+        self.base, self.task, self.args, self.file = base, task, args, args.out / "runs.jsonl"
+        data = digest(task.train, task.val, task.test, task.context, task.batch, task.amp)
+        self.fixed = {"base": digest(*base.state_dict().values()), "data": data, "steps": args.steps}
+        self.fixed["device"] = task.device.type
+        self.results: dict[str, dict] = {}
+        self.seen: set[str] = set()
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that Ctrl-C cut short
+                row = json.loads(line)
+                self.results[json.dumps(row["config"])] = row["result"]
+
+    def run(self, entry: Entry, lr: float, seed: int, total: int) -> dict:
+        """trained, val, test and seconds of one run of `total`, from the file where it is there."""
+        config = {"method": entry.method, "size": entry.size, "lr": lr, "seed": seed, **self.fixed}
+        key = json.dumps(config)
+        self.seen.add(key)
+        if key in self.results:
+            return self.results[key]
+        start, task = time.perf_counter(), self.task
+        model = build(copy.deepcopy(self.base), entry, seed, task, self.args.cache)
+        result: dict = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        train(model, task, self.args.steps, lr, seed)
+        result |= {split: evaluate(model, getattr(task, split), task) for split in ("val", "test")}
+        result["seconds"] = time.perf_counter() - start
+        with open(self.file, "a") as file:  # on a line of its own, whatever the one before looks like
+            file.write("\n" + json.dumps({"config": config, "result": result}) + "\n")
+        self.results[key] = result
+        left = (total - len(self.seen)) * statistics.mean(r["seconds"] for r in self.results.values())
+        say(
+            f"[{len(self.seen)}/{total}] {entry.label()}, lr {lr:.3g}, seed {seed}: validation loss "
+            f"{result['val']:.3f}, {result['seconds']:.1f} s; {clock(left)} left"
+        )
+        return result
+
+    def best(self, entry: Entry, total: int) -> Outcome:
+        """The entry at the rate that does best on the validation split with seed 0, over all seeds."""
+        rates = entry.rates(self.args.quick)
+        tried = {lr: self.run(entry, lr, 0, total)["val"] for lr in rates}
+        lr = min(rates, key=lambda lr: tried[lr] if tried[lr] == tried[lr] else math.inf)
+        runs = [self.run(entry, lr, seed, total) for seed in range(self.args.seeds)]
+        return Outcome(lr, runs[0]["trained"], runs[0]["val"], [run["test"] for run in runs])
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table that reads well on a terminal too: the first two columns to the left, numbers to the right."""
+    widths = [max(len(row[c]) for row in [heads, *rows]) for c in range(len(heads))]
+    sides = ["<" if c < 2 else ">" for c in range(len(heads))]
+
+    def line(cells: list[str]) -> str:
+        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(sides, widths, strict=True)]
+    return "\n".join(map(line, [heads, rule, *rows]))
+
+
+def results_table(entries: list[Entry], outcomes: dict[Entry, Outcome], recovered: dict, total: int) -> str:
+    rows = []
+    for entry in entries:
+        lr, trained, _, test = outcomes[entry]
+        share = f"{100 * statistics.mean(recovered[entry]):.1f} +- {100 * spread(recovered[entry]):.1f}"
+        loss = f"{statistics.mean(test):.4f} +- {spread(test):.4f}"
+        parameters = f"{trained:,}", f"{100 * trained / total:.2f}"
+        rows.append([NAMES.get(entry.method, entry.method), entry.setting(), *parameters, f"{lr:.2g}", loss, share])
+    heads = ["method", "size", "trained", "% of model", "lr", "test loss, nats/byte", "recovered, %"]
+    return markdown(heads, rows)
+
+
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def bar(outcomes: dict[Entry, Outcome], recovered: dict[Entry, list[float]]) -> str:
+    """Do banded and random SVFT recover at least as much as LoRA of the same size, on every seed?"""
+    rows, passed = [], True
+    for lora in (entry for entry in outcomes if entry.method == "LoRA"):
+        for entry in (entry for entry in outcomes if entry.method in ("banded", "random")):
+            size, want = outcomes[entry].trained, outcomes[lora].trained
+            if abs(size - want) > 0.05 * want:
+                continue
+            ahead = [a - b for a, b in zip(recovered[entry], recovered[lora], strict=True)]
+            passed &= min(ahead) >= 0
+            verdict = "PASS" if min(ahead) >= 0 else "FAIL"
+            points = ", ".join(f"{100 * value:+.1f}" for value in ahead)
+            rows.append([entry.label(), lora.label(), f"{size / want - 1:+.1%}", points, verdict])
+    heads = ["SVFT", "LoRA", "more parameters by", "ahead by, points, each seed", "verdict"]
+    return f"{markdown(heads, rows)}\n\nThe bar as a whole: {'PASS' if passed and rows else 'FAIL'}"
+
+
+def plot(outcomes: dict[Entry, Outcome], recovered: dict[Entry, list[float]], stem: Path) -> str:
+    """The figure as PNG and SVG, with matplotlib where it is installed; methods differ in marker and line, too."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no plot: it needs the matplotlib package (pip install matplotlib)"
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xscale="log")
+    styles = zip("s^vDoPX*h", ["-", "--", "-.", ":", "-", "--", "-.", ":", "-"], strict=True)
+    for method in dict.fromkeys(entry.method for entry in outcomes):
+        entries = [entry for entry in outcomes if entry.method == method]
+        marker, line = next(styles)
+        axes.errorbar(
+            [outcomes[entry].trained for entry in entries],
+            [100 * statistics.mean(recovered[entry]) for entry in entries],
+            [100 * spread(recovered[entry]) for entry in entries],
+            label=NAMES.get(method, "full fine-tuning" if method == "full" else method).removesuffix(" [1]"),
+            marker=marker,
+            linestyle=line,
+            capsize=3,
+            color="black" if method == "full" else None,
+            markerfacecolor=None if method in ("banded", "random", "plain", "top-k", "full") else "white",
+        )
+    axes.axhline(100, color="black", linewidth=0.8)
+    axes.set_xlabel("trained parameters (log scale)")
+    axes.set_ylabel("share of full fine-tuning's gain recovered, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for kind in ("png", "svg"):
+        figure.savefig(f"{stem}.{kind}", dpi=150)
+    return f"plot: {stem}.png, {stem}.svg"
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Runs what is not in the file yet, then prints the tables and draws the figure."""
+    device = pick_device(args.device)
+    settings = argparse.Namespace(context=Config.context, batch=8, amp=False)
+    task = make_task(read_topics(), "pydoc_data.topics", BYTES, settings, device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {args.out}: {error}") from None
+    args.steps = args.steps or (50 if args.quick else 120)
+    base = pretrained(args.cache, device)
+    figure, studies = (QUICK, {}) if args.quick else (FIGURE, STUDIES)
+    entries = list(dict.fromkeys([*figure, *(entry for rows in studies.values() for entry in rows)]))
+    study = Study(base, task, args)
+    total = sum(len(entry.rates(args.quick)) + args.seeds - 1 for entry in entries)
+    outcomes = {entry: study.best(entry, total) for entry in entries}
+    start, goal = evaluate(base, task.test, task), statistics.mean(outcomes[Entry("full")].test)
+    recovered = {entry: [(start - loss) / (start - goal) for loss in o.test] for entry, o in outcomes.items()}
+    size = sum(p.numel() for p in base.parameters())
+    drawn = {entry: outcomes[entry] for entry in figure}
+    text = [f"Test loss {start:.4f} nats per byte before, {goal:.4f} after full fine-tuning; {args.seeds} seeds, "]
+    text[0] += f"{args.steps} steps of {task.batch} x {task.context} bytes. {machine(device)}."
+    text += [results_table(figure, outcomes, recovered, size), NOTES]
+    text += ["## At equal size, SVFT against LoRA", bar(drawn, recovered)]
+    for title, rows in studies.items():
+        text += [f"## {title}", results_table(rows, outcomes, recovered, size)]
+    stem = args.out / ("compare-quick" if args.quick else "compare")
+    stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    say("\n" + "\n\n".join(text))
+    say(f"\ntable: {stem}.md\n{plot(drawn, recovered, stem)}")
+
+
+# ---------------------------------------------------------------- python train_toy.py bench
+
+BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # (d1, d2) of GPT-2's c_attn, c_proj, c_fc, c_proj
+PATTERNS = {"plain": ("plain", 0), "banded 2": ("banded", 2), "banded 16": ("banded", 16), "random 16": ("random", 16)}
+PATHS = ["dense", "gather", "fused"]
+ROUNDS = 3, 25  # fewest and most
+
+
+class AuthorsForm(nn.Module):
+    """SVFT in the order in which the authors' code takes it: a sum of two sparse matrices, times V^T, transposed,
+    times U^T, gives the weight's transpose, by which x is multiplied. Trains the sparse values."""
+
+    def __init__(self, layer: svft.SVFTLinear) -> None:
+        super().__init__()
+        self.U, self.S, self.Vh, self.bias, self.omega = layer.U, layer.S, layer.Vh, layer.bias, layer.omega
+        self.m = nn.Parameter(layer.m.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(self.S)
+        Sigma = torch.sparse_coo_tensor(
+            torch.arange(n, device=x.device).expand(2, n), self.S, (n, n), check_invariants=False
+        )
+        M = torch.sparse_coo_tensor(self.omega, self.m, (n, n), check_invariants=False)
+        return x @ (torch.sparse.mm(Sigma + M, self.Vh).T @ self.U.T) + self.bias  # (T, d2) @ (d2, d1)
+
+
+def peft_lora(base: nn.Linear) -> nn.Module:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("--peft: needs the peft package: pip install peft") from None
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["linear"])
+    return inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
+
+
+def bench_layers(d1: int, d2: int, device: torch.device, peft: bool) -> dict[tuple[str, str], nn.Module]:
+    """(form, pattern) -> a layer d2 -> d1; pattern is "" where it plays no part. All have the same W0.
+
+    W0 is made from its SVD, so that nobody has to wait for LAPACK.
+    """
+    torch.manual_seed(0)
+    n = min(d1, d2)
+    U, V = (torch.linalg.qr(torch.randn(d, n, dtype=torch.float64)).Q for d in (d1, d2))  # (d1, n), (d2, n)
+    svd = svft.SVD(U.float(), torch.linspace(2, 0.1, n), V.T.float().contiguous())
+    svd = svft.SVD(*(factor.to(device) for factor in svd))
+    full = nn.Linear(d2, d1).to(device)
+    full.weight.data = (svd.U * svd.S) @ svd.Vh
+    layers: dict[tuple[str, str], nn.Module] = {("full", ""): full}
+    layers["frozen", ""] = copy.deepcopy(full).requires_grad_(False)
+    layers["LoRA", ""] = LoRA(copy.deepcopy(full), 8)
+    if peft:
+        layers["PEFT", ""] = peft_lora(copy.deepcopy(full))
+    for name, (pattern, d) in PATTERNS.items():
+        for path in PATHS:
+            layers[path, name] = svft.SVFTLinear(full, pattern, d, path=path, svd=svd)
+        layers["auto", name] = svft.SVFTLinear(full, pattern, d, svd=svd)
+        layers["authors", name] = AuthorsForm(layers["auto", name])
+    return layers
+
+
+class Cell(NamedTuple):
+    """One shape, one number of tokens, one mode: what is timed side by side."""
+
+    training: bool
+    d1: int
+    d2: int
+    T: int
+
+    def multiply_adds(self, form: str) -> int:
+        """Of one call; the sparse step, small against the rest, is left out, as in the notes' table of costs."""
+        training, d1, d2, T = self.training, self.d1, self.d2, self.T
+        passes, n, frozen = 1 + training, min(d1, d2), (1 + training) * T * d1 * d2
+        if form in ("gather", "fused"):
+            return passes * T * n * (d1 + d2) + (frozen if form == "gather" else 0)
+        if form in ("dense", "authors"):
+            return (1 + 2 * training) * T * d1 * d2 + passes * n * d1 * d2
+        return frozen + {"frozen": 0, "full": training * T * d1 * d2}.get(form, (1 + 2 * training) * T * 8 * (d1 + d2))
+
+    def choice(self, layers: dict, pattern: str) -> str:
+        """The path that auto takes here."""
+        with torch.set_grad_enabled(self.training):
+            return layers["auto", pattern]._cheapest(self.T, False)
+
+    def forms(self, layers: dict, level: int) -> list[tuple[str, str]]:
+        """What to time: everything, or (level 1) the paths that auto did not choose on one pattern only."""
+        block = self.training and (self.d1, self.d2) in BLOCK  # of use in the summary
+
+        def wanted(form: str, pattern: str) -> bool:
+            if form == "auto" or (form == "full" and not self.training):
+                return False
+            if form in ("PEFT", "authors"):
+                return block and (level == 2 or pattern in ("", "banded 2")) and pattern != "random 16"
+            return level == 2 or pattern in ("", "banded 2") or form == self.choice(layers, pattern)
+
+        return [key for key in layers if wanted(*key)]
+
+    def measure(self, layers: dict, device: torch.device, pace: float, budget: float, left: float) -> dict:
+        """(form, pattern) -> median seconds: all forms within budget seconds, else fewer within left, else none."""
+        for level, allowed in ((2, budget), (1, left)):
+            forms = self.forms(layers, level)
+            if pace * sum(self.multiply_adds(form) for form, _ in forms) * (1 + ROUNDS[0]) <= allowed:
+                break
+        else:
+            return {}
+        x, g = torch.randn(self.T, self.d2, device=device), torch.randn(self.T, self.d1, device=device)
+        x.requires_grad_(self.training)
+        calls = {key: self.call(layers[key], x, g) for key in forms}
+        return medians(calls, device, min(allowed, budget))
+
+    def call(self, layer: nn.Module, x: Tensor, g: Tensor) -> Callable[[], Any]:
+        """Forward and backward to x and to what is trained, given the gradient g of the output; or forward only."""
+        if self.training:
+            inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            return lambda: torch.autograd.grad(layer(x), inputs, g)
+        return torch.no_grad()(lambda: layer(x))
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def medians(calls: dict[Any, Callable[[], Any]], device: torch.device, budget: float) -> dict[Any, float]:
+    """Median seconds of each call, in as many rounds as the budget in seconds allows.
+
+    Rounds are interleaved (A B C, A B C, ...), so that a machine that slows down slows all alike. Short calls
+    are timed several at once, after a round that does not count.
+    """
+    found = {key: [seconds_of(call, device)] for key, call in calls.items()}
+    if sum(values[0] for values in found.values()) < 1:
+        found = {key: [seconds_of(call, device)] for key, call in calls.items()}
+    times = {key: max(1, min(20, int(1e-3 / found[key][0]))) for key in calls}
+    rounds = int(budget / sum(found[key][0] * times[key] for key in calls))
+    for _ in range(max(ROUNDS[0], min(ROUNDS[1], rounds)) - 1):
+        for key, call in calls.items():
+            found[key].append(seconds_of(call, device, times[key]))
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Times every path against a frozen linear, full fine-tuning and LoRA, and prints ratios."""
+    begin, device = time.perf_counter(), pick_device(args.device)
+    shapes, lengths = (BLOCK, [256]) if args.quick else ([*BLOCK, (2048, 2048)], [64, 256, 1024, 4096, 16384])
+    seconds = args.seconds or (10 if args.quick else 105)
+    layers = {shape: bench_layers(*shape, device, args.peft) for shape in shapes}
+    cells = [Cell(training, *shape, T) for training in (True, False) for shape in shapes for T in lengths]
+    probe = Cell(True, 768, 768, 1024)
+    x, g = torch.randn(1024, 768, device=device, requires_grad=True), torch.randn(1024, 768, device=device)
+    call = probe.call(layers[768, 768]["frozen", ""], x, g)
+    pace = medians({"": call}, device, 0.1)[""] / probe.multiply_adds("frozen")  # seconds per multiply-add
+
+    def rank_of(cell: Cell) -> tuple:  # the summary's cells first, then the cheap ones
+        summary = cell.training and cell[1:3] in BLOCK and 256 <= cell.T <= 4096
+        return not summary, cell.multiply_adds("frozen")
+
+    found: dict[Cell, dict] = {}
+    progress = Progress("bench", len(cells), "cell")
+    for number, cell in enumerate(sorted(cells, key=rank_of), 1):
+        left = seconds - (time.perf_counter() - begin)
+        found[cell] = cell.measure(layers[cell[1:3]], device, pace, seconds / 40, left)
+        progress(number, lambda rate, cell=cell: f"{cell.d1} x {cell.d2}, {cell.T} tokens")
+    print_bench(cells, found, layers)
+    print_block(found, layers)
+    say(f"\n{machine(device)}; {time.perf_counter() - begin:.0f} s")
+
+
+def machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, float32 on {device}"
+
+
+def fixed(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def print_bench(cells: list[Cell], found: dict[Cell, dict], layers: dict) -> None:
+    """One row per cell and pattern; then what there was no time for."""
+    heads = ["full", "LoRA r=8", *PATHS, "auto", "auto/best", "bound/auto"]
+    for training in (True, False):
+        mode = "Training: forward and backward" if training else "Inference: forward"
+        say(f"\n{mode}, time over the frozen linear's. auto: the path it takes; best: the fastest of the three;")
+        say("bound: the multiply-adds of auto's path over the frozen linear's; -: not measured")
+        say(f"{'d1 x d2':>11} {'T':>5} {'pattern':<9}" + "".join(f"{head:>11}" for head in heads))
+        for cell in cells:
+            times = found[cell] if cell.training == training else {}
+            for pattern in PATTERNS if times else ():
+                ratio = {form: t / times["frozen", ""] for (form, p), t in times.items() if p in ("", pattern)}
+                chosen = cell.choice(layers[cell[1:3]], pattern)
+                best = min(ratio.get(path, -math.inf) for path in PATHS)  # unknown unless all three are known
+                bound = cell.multiply_adds(chosen) / cell.multiply_adds("frozen")
+                fields = [fixed(ratio.get(form)) for form in ("full", "LoRA", *PATHS)]
+                fields += [chosen, fixed(ratio[chosen] / best if best > 0 else None), fixed(bound / ratio[chosen])]
+                row = "".join(f"{field:>11}" for field in fields)
+                say(f"{cell.d1:>4} x {cell.d2:<4} {cell.T:>5} {pattern:<9}{row}")
+    missed = [f"{c.d1} x {c.d2} T={c.T} {'training' if c.training else 'inference'}" for c in cells if not found[c]]
+    if missed:
+        say(f"\nLeft out for want of time (--seconds N gives more): {', '.join(missed)}")
+
+
+def print_block(found: dict[Cell, dict], layers: dict) -> None:
+    """GPT-2's four linears together, training, auto's path for each; the geometric mean over T and d."""
+    heads = ["auto/frozen", "LoRA/frozen", "auto/LoRA", "auto/PEFT", "auto/authors", "bound/auto"]
+    say("\nGPT-2 block, training: the four linears' times added up; LoRA r=8 ours, PEFT the package's")
+    say(f"{'T':>5} {'d':>4}" + "".join(f"{head:>13}" for head in heads))
+    rows = []
+    for T in (256, 1024, 4096):
+        cells = [Cell(True, *shape, T) for shape in BLOCK]
+        for name, (_, d) in list(PATTERNS.items())[:3] if all(found.get(cell) for cell in cells) else []:
+            chosen = [cell.choice(layers[cell[1:3]], name) for cell in cells]
+            auto = sum(found[cell][path, name] for cell, path in zip(cells, chosen, strict=True))
+            keys = [("frozen", ""), ("LoRA", ""), ("PEFT", ""), ("authors", name)]
+            frozen, lora, peft, authors = (sum(found[cell].get(key, math.nan) for cell in cells) for key in keys)
+            least = sum(cell.multiply_adds(path) for cell, path in zip(cells, chosen, strict=True))
+            bound = least / sum(cell.multiply_adds("frozen") for cell in cells)
+            rows.append([auto / frozen, lora / frozen, auto / lora, auto / peft, auto / authors, bound * frozen / auto])
+            say(f"{T:>5} {d:>4}" + "".join(f"{fixed(value):>13}" for value in rows[-1]))
+    columns = [[value for value in column if value == value] for column in zip(*rows, strict=True)]
+    means = [math.exp(sum(map(math.log, column)) / len(column)) if column else math.nan for column in columns]
+    say(f"{'geo. mean':<10}" + "".join(f"{fixed(value):>13}" for value in means))
+
+
 # ---------------------------------------------------------------- the command line
 
 
-def number(kind: type, least: float, strict: bool = False) -> Callable[[str], Any]:
-    """An argument type: a finite number of this kind, at least (strict: above) least."""
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """An argument type: a finite number of this kind, at least least."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value) or value < least or (strict and value == least):
-            raise argparse.ArgumentTypeError(f"got {text}, want a number {'above' if strict else 'of at least'} {least}")
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"got {text}, want a finite number of at least {least}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse's "invalid int value"
     return parse
 
 
@@ -541,9 +1225,11 @@ class Parser(argparse.ArgumentParser):
 def finetune_options(parser: Parser) -> None:
     parser.add_argument("--pattern", default="banded", choices=["plain", "banded", "random", "top_k"])
     parser.add_argument("--d", type=number(int, 0), default=8, help="half-width of the band, or its count (8)")
-    parser.add_argument("--steps", type=number(int, 1), default=200, help="of fine-tuning (200)")
-    parser.add_argument("--lr", type=number(float, 0, strict=True), help="peak rate (by pattern and d)")
-    parser.add_argument("--batch", type=number(int, 1), default=16, help="sequences per step, all processes together")
+    parser.add_argument("--steps", type=number(int, 1), default=300, help="of fine-tuning (300)")
+    parser.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (by the number of entries)")
+    parser.add_argument(
+        "--batch", type=number(int, 1), default=8, help="sequences per step, all processes together (8)"
+    )
     parser.add_argument("--context", type=number(int, 1), default=128, help="tokens per sequence (128)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on for cuda)")
@@ -551,10 +1237,23 @@ def finetune_options(parser: Parser) -> None:
     parser.add_argument("--base", metavar="NAME_OR_FOLDER", help="a causal language model of transformers, as gpt2")
     parser.add_argument("--targets", type=lambda text: text.split(","), default=TARGETS, help="c_attn,c_proj,c_fc")
     parser.add_argument("--data", metavar="FILE", help="UTF-8 text to fine-tune on")
-    parser.add_argument("--save", metavar="FILE", help="where to write the adapter")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="where to write the adapter")
 
 
-COMMANDS = {"": (finetune, finetune_options)}
+def compare_options(parser: Parser) -> None:
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, fewer steps, one learning rate")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="(3)")
+    parser.add_argument("--steps", type=number(int, 1), help="of fine-tuning in each run (120; --quick: 50)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, table, plot (results)")
+
+
+def bench_options(parser: Parser) -> None:
+    parser.add_argument("--quick", action="store_true", help="GPT-2's shapes at two lengths")
+    parser.add_argument("--seconds", type=number(float, 1e-9), help="about how long (105; --quick: 10)")
+    parser.add_argument("--peft", action="store_true", help="time the LoRA of the peft package too")
+
+
+COMMANDS = {"": (finetune, finetune_options), "compare": (compare, compare_options), "bench": (bench, bench_options)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -567,14 +1266,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
     options(parser)
     try:
-        command(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        if name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("runs in one process: start it with python, not with torchrun")
+        command(args)
         return 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"\n{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
         return 130
 
 
