@@ -740,9 +740,10 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
             layers[name] = layer
     for name, layer in layers.items():
         for part, value in (bases[name]._asdict() if bases[name] else {}).items():
-            old = getattr(layer, part)
+            old = getattr(layer, part)  # replaced, not overwritten: other layers may share its memory
             setattr(layer, part, nn.Parameter(value.to(old.device, old.dtype), requires_grad=False))
-        layer.m.data.copy_(entries[name]["m"])
+        with torch.no_grad():
+            layer.m.copy_(entries[name]["m"])
     if not have:
         _freeze(_replace(inner, layers))
     return model

@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import svft
+import train_toy
 from svft import SVD, SVFTLinear, compute_svd, omega_banded, omega_plain, omega_random, omega_top_k
 
 HERE = Path(__file__).parent
@@ -854,7 +855,7 @@ class TestDtypesAndTransformations:
     def test_no_path_mixes_devices(self):
         """On fake accelerator tensors: inject, forward, backward, autocast, merge. Needs no GPU; a mix-up raises.
 
-        A torch built without CUDA cannot run autograd on fake "cuda" tensors; there a fake backend that torch lets
+        Without a GPU torch cannot run autograd on fake "cuda" tensors; there a fake backend that torch lets
         Python register takes its place, once as itself (like MPS) and once passing for CUDA. In its own process.
         """
         done = subprocess.run([sys.executable, "-c", FAKE_DEVICES], capture_output=True, text=True, cwd=HERE)
@@ -879,15 +880,16 @@ def linear(device, dtype):
     layer.weight, layer.bias = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in ((8, 8), (8,)))
     return layer
 
-_setup_privateuseone_for_python_backend("fakegpu")
-torch.fakegpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # for torch.autocast(enabled=False)
+device = "cuda" if torch.cuda.is_available() else "fakegpu"
+if device == "fakegpu":
+    _setup_privateuseone_for_python_backend("fakegpu")
+    torch.fakegpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # for torch.autocast(enabled=False)
 try:
     with Fake():
-        torch.zeros(2, device="fakegpu") + torch.zeros(2)
+        torch.zeros(2, device=device) + torch.zeros(2)
 except RuntimeError as error:
     assert "same device" in str(error)
     print("a mix-up raises")
-device = "cuda" if torch.backends.cuda.is_built() else "fakegpu"
 for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
     torch.Tensor.is_cuda = property(lambda t: as_cuda and t.device.type == device)
     with Fake():
@@ -1831,6 +1833,208 @@ class TestMemory:
             assert frozen == 18 * 6 * keep + 18 * 6 + 6 + 6 * 6
 
 
+# ---------------------------------------------------------------- train_toy.py: the other methods, the commands
+
+OTHERS = {
+    "LoRA": (lambda base: train_toy.LoRA(base, 3), lambda d1, d2: 3 * (d1 + d2)),
+    "DoRA": (lambda base: train_toy.DoRA(base, 3), lambda d1, d2: 3 * (d1 + d2) + d1),
+    "VeRA": (lambda base: train_toy.VeRA(base, 5, {}), lambda d1, d2: 5 + d1),
+    "BOFT": (lambda base: train_toy.BOFT(base, 4, 2), lambda d1, d2: 2 * (d1 // 4) * 6),
+}
+others = pytest.mark.parametrize("name", OTHERS)
+
+
+def adapted(name, d1=16, d2=10, seed=0):
+    """W0, and a layer of another method whose trained values are random."""
+    base = plain_layer(d1, d2, seed=seed)
+    W0, layer = base.weight.detach().clone(), OTHERS[name][0](base)
+    start = layer.merged_weight().detach()
+    with torch.no_grad():
+        for p in layer.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn(p.shape, dtype=p.dtype)
+    return W0, start, layer
+
+
+class TestTheOtherMethods:
+    @others
+    def test_they_start_at_W0_and_train_their_own_parameters_alone(self, name):
+        """As many as the formula says; W0 and the bias get no gradient."""
+        W0, start, layer = adapted(name)
+        near(start, W0, 1e-12)
+        trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+        assert sum(p.numel() for p in trained.values()) == OTHERS[name][1](16, 10)
+        assert sum(p.numel() for p in trained.values()) == type(layer).count(
+            16, 10, *{"VeRA": (5,), "BOFT": (4, 2)}.get(name, (3,))
+        )
+        layer(torch.randn(4, 10, dtype=torch.float64)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+        assert all(p.grad is None for n, p in layer.named_parameters() if n not in trained)
+
+    @others
+    def test_the_merged_weight_computes_what_the_layer_does(self, name):
+        """x W^T + b with the method's own merged weight, which is not W0 any more."""
+        W0, _, layer = adapted(name)
+        x = torch.randn(3, 4, 10, dtype=torch.float64)
+        near(layer(x), x @ layer.merged_weight().T + layer.base.bias, 1e-10)
+        assert (layer.merged_weight() - W0).abs().max() > 0.01
+
+    def test_each_is_its_formula(self):
+        """LoRA: rank r. DoRA: rows of norm m. VeRA: rank r, shared A and B. BOFT: an orthogonal matrix times W0."""
+        W0, _, lora = adapted("LoRA")
+        assert torch.linalg.matrix_rank(lora.merged_weight() - W0) == 3
+        _, _, dora = adapted("DoRA")
+        near(dora.merged_weight().norm(dim=1), dora.m.abs(), 1e-10)
+        shared = {}
+        a, b = (train_toy.VeRA(plain_layer(16, 10, seed=s), 5, shared) for s in (1, 2))
+        assert a.A is b.A and a.B is b.B and not a.A.requires_grad
+        W0, _, boft = adapted("BOFT", 16, 16)
+        R = boft.merged_weight() @ torch.linalg.inv(W0)
+        near(R @ R.T, np.eye(16), 1e-9)
+        assert int((R.abs() > 1e-9).sum(1).min()) == 8  # b 2^(m-1) features mixed
+
+
+@pytest.fixture
+def untrained(monkeypatch, tmp_path):
+    """The script with its pre-training left out: a cache folder with an untrained model in it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_toy, "train", lambda *a, **k: 0.0)
+        train_toy.pretrained(tmp_path / "cache", torch.device("cpu"))
+    return tmp_path / "cache"
+
+
+class TestTheTrainingScript:
+    def test_it_fine_tunes_and_says_what_it_did(self, untrained, tmp_path, capsys):
+        """The default command, a few steps of it: the loss falls, merged equals adapted, the adapter loads."""
+        assert train_toy.main(["--steps", "12", "--cache", str(untrained), "--save", str(tmp_path / "a.pt")]) == 0
+        said = capsys.readouterr().out
+        before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+) nats per byte", said).groups())
+        assert after < before - 0.05
+        assert re.search(r"trained +33,664 parameters, \d\.\d\d% of the model's", said), said
+        difference, largest = map(
+            float, re.search(r"merged - adapted +at most (\S+), of logits up to (\S+)", said).groups()
+        )
+        assert difference < 1e-4 * largest
+        model = svft.load_adapter(train_toy.pretrained(untrained, torch.device("cpu")), tmp_path / "a.pt")
+        assert sum(m.m.count_nonzero() > 0 for m in model.modules() if isinstance(m, SVFTLinear)) == 16
+
+    def test_under_torchrun_two_processes_train_and_one_prints(self, untrained):
+        """Data-parallel, from the command line."""
+        if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+            pytest.skip("this torch has no gloo")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=29571",
+            "train_toy.py",
+        ]
+        done = subprocess.run(
+            [*command, "--steps", "4", "--cache", str(untrained)], cwd=HERE, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("validation loss") == 1
+
+    @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-500], lambda b: b[:20000] + b"x" * 99 + b[20099:]])
+    def test_a_damaged_cache_is_made_again(self, untrained, damage, monkeypatch):
+        """Short, empty or altered: noticed, and the model is trained anew."""
+        (file,) = untrained.glob("gpt2-*.pt")
+        file.write_bytes(damage(file.read_bytes()))
+        calls = []
+        monkeypatch.setattr(train_toy, "train", lambda *a, **k: calls.append(1))
+        train_toy.pretrained(untrained, torch.device("cpu"))
+        train_toy.pretrained(untrained, torch.device("cpu"))
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize(
+        "arguments, text",
+        [
+            (["--data", "absent.txt"], "--data: cannot read 'absent.txt'"),
+            (["--data", "short.txt"], "too little text"),
+            (["--steps", "0"], "--steps: got 0"),
+            (["--lr", "nan"], "--lr: got nan"),
+            (["--pattern", "diagonal"], "invalid choice: 'diagonal'"),
+            (["--pattern", "top_k"], "top_k: got a"),
+            (["--targets", "c_attn,absent"], "'absent', which matches nothing"),
+            (["--device", "tpu"], "--device: got 'tpu'"),
+            (["--save", "no/such/folder/a.pt"], "--save: got"),
+            (["--context", "4096"], "--context: got 4096"),
+            (["--unknown"], "--unknown"),
+            (["bench", "--device", "nope"], "--device: got 'nope'"),
+        ],
+    )
+    def test_a_mistake_gets_one_line(self, untrained, arguments, text, tmp_path, monkeypatch, capsys):
+        """Exit code 2 and one line that names the option; no traceback, nothing trained."""
+        monkeypatch.chdir(tmp_path)
+        Path("short.txt").write_text("a short text")
+        monkeypatch.setattr(train_toy, "train", None)
+        assert train_toy.main([*arguments, "--cache", str(untrained)]) == 2
+        error = capsys.readouterr().err
+        assert text in error and len(error.strip().splitlines()) == 1
+
+    def test_a_saved_gpt2_with_its_tokenizer_is_fine_tuned(self, hf, tmp_path, capsys):
+        """--base FOLDER: a transformers model (Conv1D layers); without its tokenizer, one clear line."""
+        tokenizers = pytest.importorskip("tokenizers")
+        tiny(hf, "gpt2")[0].save_pretrained(tmp_path / "base")
+        Path(tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 400)
+        arguments = [
+            "--base",
+            str(tmp_path / "base"),
+            "--data",
+            str(tmp_path / "text.txt"),
+            "--context",
+            "16",
+            "--steps",
+            "3",
+        ]
+        arguments += ["--cache", str(tmp_path / "cache"), "--lr", "0.01"]
+        assert train_toy.main(arguments) == 2 and "want a model with its tokenizer" in capsys.readouterr().err
+        words = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({"<unk>": 0, "to": 3, "be": 4, "or": 5, "not": 6}, "<unk>")
+        )
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "base")
+        assert train_toy.main(arguments) == 0
+        assert "nats per token" in capsys.readouterr().out
+
+    def test_compare_goes_on_where_it_stopped(self, untrained, tmp_path, monkeypatch, capsys):
+        """Every finished run is in the file; a line that was cut short is ignored; the table and the bar are printed."""
+        entries = [
+            train_toy.Entry("full"),
+            train_toy.Entry("LoRA", (1,)),
+            train_toy.Entry("banded", train_toy.BANDS[0]),
+        ]
+        monkeypatch.setattr(train_toy, "QUICK", entries)
+        arguments = [
+            "compare",
+            "--quick",
+            "--steps",
+            "2",
+            "--seeds",
+            "2",
+            "--out",
+            str(tmp_path / "out"),
+            "--cache",
+            str(untrained),
+        ]
+        assert train_toy.main(arguments) == 0
+        first = capsys.readouterr().out
+        assert first.count("validation loss") == 6 and "recovered, %" in first and "The bar as a whole" in first
+        with open(tmp_path / "out" / "runs.jsonl", "a") as file:
+            file.write('{"config": {"meth')
+        assert train_toy.main(arguments) == 0
+        second = capsys.readouterr().out
+        assert "validation loss" not in second and second.strip() in first
+
+    def test_bench_prints_ratios(self, monkeypatch, capsys):
+        """On small shapes: every path against the frozen linear, what auto took, and the block's summary."""
+        monkeypatch.setattr(train_toy, "BLOCK", [(96, 32), (32, 32), (128, 32), (32, 128)])
+        assert train_toy.main(["bench", "--quick"]) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__))
+
+
 # ---------------------------------------------------------------- the documents
 
 
@@ -1859,6 +2063,13 @@ class TestDocuments:
             shown += len(want)
         assert blocks and shown >= 2
 
+    def test_the_checks_in_the_notes_hold(self):
+        """The Python of paper_notes.md, block by block in one namespace."""
+        names = {}
+        for block in code_blocks((HERE / "paper_notes.md").read_text(encoding="utf-8"), "python"):
+            exec(compile(block, "paper_notes.md", "exec"), names)
+        assert "W0" in names
+
     def test_the_deviation_tags_and_the_rows_of_the_notes_are_the_same(self):
         """A tag in svft.py names a row of the deviations table, and every row has its tag."""
         notes = (HERE / "paper_notes.md").read_text(encoding="utf-8")
@@ -1867,7 +2078,7 @@ class TestDocuments:
         assert len(rows) == len(set(rows)) and set(rows) == tags == {f"D{i}" for i in range(1, len(rows) + 1)}
 
     def test_the_tests_that_the_notes_name_exist(self):
-        """`test_...` in paper_notes.md is a test of this file; `name()` in its tables is a name of svft.py."""
+        """`test_...` in paper_notes.md is a test of this file."""
         notes, tests = (HERE / "paper_notes.md").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")
         named = set(re.findall(r"`(test_\w+)`", notes)) - {"test_svft"}
         assert len(named) >= 30 and not [name for name in named if f"def {name}(" not in tests]

@@ -63,18 +63,19 @@ def pick_device(name: str) -> torch.device:
     """auto: cuda, mps or cpu, the first that is there. Under torchrun, each process takes a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    wanted, own = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-            torch.cuda.set_device(device := torch.device("cuda", own))
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise ValueError("another kind")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: got {name!r}, want a device that this machine has ({reason})") from None
-    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device.type == "cuda" and torch.cuda.device_count() < wanted:
-        raise UserError(f"torchrun: got {wanted} processes, want one per GPU at most: {torch.cuda.device_count()}")
+    except Exception:  # torch raises many kinds
+        raise UserError(f"--device: got {name!r}, want cpu, or a cuda or mps device that is there") from None
+    if device.type == "cuda":
+        if torch.cuda.device_count() < wanted:
+            raise UserError(f"torchrun: got {wanted} processes for {torch.cuda.device_count()} GPUs, want one each")
+        device = torch.device("cuda", device.index or own)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -277,10 +278,11 @@ class GPT2(nn.Module):
         self.wpe = nn.Embedding(config.context, config.width)
         self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
+        std = 0.02 * math.sqrt(768 / config.width)  # GPT-2's 0.02 is for its own width
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # GPT-2's start: smaller where a block adds to the residual stream
-                std = 0.02 / math.sqrt(2 * config.layers) if name.endswith("c_proj.weight") else 0.02
-                nn.init.normal_(parameter, std=std)
+            if parameter.dim() == 2:  # smaller where a block adds to the residual stream
+                residual = math.sqrt(2 * config.layers) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=std / residual)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, vocabulary)."""
@@ -335,7 +337,7 @@ def evaluate(model: nn.Module, tokens: Tensor, task: Task, limit: int = 256) -> 
 def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label: str = "") -> float:
     """AdamW on what requires a gradient, 10% warm-up, then a cosine to zero. Returns the seconds taken."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=task.device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
     warm = max(1, round(0.1 * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -980,7 +982,7 @@ def compare(args: argparse.Namespace) -> None:
 BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # (d1, d2) of GPT-2's c_attn, c_proj, c_fc, c_proj
 PATTERNS = {"plain": ("plain", 0), "banded 2": ("banded", 2), "banded 16": ("banded", 16), "random 16": ("random", 16)}
 PATHS = ["dense", "gather", "fused"]
-ROUNDS = 3, 25  # fewest and most
+Form = tuple[str, str]  # how a layer computes, and its pattern, "" where there is none
 
 
 class AuthorsForm(nn.Module):
@@ -994,9 +996,8 @@ class AuthorsForm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = len(self.S)
-        Sigma = torch.sparse_coo_tensor(
-            torch.arange(n, device=x.device).expand(2, n), self.S, (n, n), check_invariants=False
-        )
+        diagonal = torch.arange(n, device=x.device).expand(2, n)
+        Sigma = torch.sparse_coo_tensor(diagonal, self.S, (n, n), check_invariants=False)
         M = torch.sparse_coo_tensor(self.omega, self.m, (n, n), check_invariants=False)
         return x @ (torch.sparse.mm(Sigma + M, self.Vh).T @ self.U.T) + self.bias  # (T, d2) @ (d2, d1)
 
@@ -1010,86 +1011,76 @@ def peft_lora(base: nn.Linear) -> nn.Module:
     return inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
 
 
-def bench_layers(d1: int, d2: int, device: torch.device, peft: bool) -> dict[tuple[str, str], nn.Module]:
-    """(form, pattern) -> a layer d2 -> d1; pattern is "" where it plays no part. All have the same W0.
-
-    W0 is made from its SVD, so that nobody has to wait for LAPACK.
-    """
+def bench_layers(d1: int, d2: int, device: torch.device, peft: bool) -> dict[Form, nn.Module]:
+    """Layers d2 -> d1 with one W0, which is made from its SVD, so that nobody has to wait for LAPACK."""
     torch.manual_seed(0)
     n = min(d1, d2)
-    U, V = (torch.linalg.qr(torch.randn(d, n, dtype=torch.float64)).Q for d in (d1, d2))  # (d1, n), (d2, n)
-    svd = svft.SVD(U.float(), torch.linspace(2, 0.1, n), V.T.float().contiguous())
-    svd = svft.SVD(*(factor.to(device) for factor in svd))
-    full = nn.Linear(d2, d1).to(device)
+    U, V = (torch.linalg.qr(torch.randn(d, n)).Q.to(device) for d in (d1, d2))  # (d1, n), (d2, n)
+    svd = svft.SVD(U, torch.linspace(2, 0.1, n, device=device), V.T.contiguous())
+    full = nn.Linear(d2, d1, device=device)
     full.weight.data = (svd.U * svd.S) @ svd.Vh
-    layers: dict[tuple[str, str], nn.Module] = {("full", ""): full}
-    layers["frozen", ""] = copy.deepcopy(full).requires_grad_(False)
-    layers["LoRA", ""] = LoRA(copy.deepcopy(full), 8)
+    frozen, lora = copy.deepcopy(full).requires_grad_(False), LoRA(copy.deepcopy(full), 8)
+    layers: dict[Form, nn.Module] = {("frozen", ""): frozen, ("full", ""): full, ("LoRA r=8", ""): lora}
     if peft:
         layers["PEFT", ""] = peft_lora(copy.deepcopy(full))
     for name, (pattern, d) in PATTERNS.items():
-        for path in PATHS:
+        for path in [*PATHS, "auto"]:
             layers[path, name] = svft.SVFTLinear(full, pattern, d, path=path, svd=svd)
-        layers["auto", name] = svft.SVFTLinear(full, pattern, d, svd=svd)
         layers["authors", name] = AuthorsForm(layers["auto", name])
     return layers
 
 
 class Cell(NamedTuple):
-    """One shape, one number of tokens, one mode: what is timed side by side."""
+    """One mode, one shape, one number of tokens: what is timed side by side."""
 
     training: bool
     d1: int
     d2: int
     T: int
 
-    def multiply_adds(self, form: str) -> int:
-        """Of one call; the sparse step, small against the rest, is left out, as in the notes' table of costs."""
-        training, d1, d2, T = self.training, self.d1, self.d2, self.T
-        passes, n, frozen = 1 + training, min(d1, d2), (1 + training) * T * d1 * d2
-        if form in ("gather", "fused"):
-            return passes * T * n * (d1 + d2) + (frozen if form == "gather" else 0)
-        if form in ("dense", "authors"):
-            return (1 + 2 * training) * T * d1 * d2 + passes * n * d1 * d2
-        return frozen + {"frozen": 0, "full": training * T * d1 * d2}.get(form, (1 + 2 * training) * T * 8 * (d1 + d2))
+    def size(self) -> int:
+        return self.T * self.d1 * self.d2
 
-    def choice(self, layers: dict, pattern: str) -> str:
+    def counts(self) -> bool:
+        """Whether the summary of GPT-2's block needs it."""
+        return self.training and (self.d1, self.d2) in BLOCK and self.T in (256, 1024, 4096)
+
+    def multiply_adds(self, path: str) -> int:
+        """Of one call; the sparse step, small against the rest, is left out, as in the notes' table of costs."""
+        training, d1, d2, T = self
+        n, linear = min(d1, d2), (1 + training) * T * d1 * d2
+        both = (1 + training) * n * (d1 + d2) * T  # by V^T, and by U
+        dense = (1 + 2 * training) * T * d1 * d2 + (1 + training) * n * d1 * d2
+        return {"frozen": linear, "dense": dense, "gather": linear + both, "fused": both}[path]
+
+    def choice(self, layers: dict[Form, nn.Module], pattern: str) -> str:
         """The path that auto takes here."""
         with torch.set_grad_enabled(self.training):
             return layers["auto", pattern]._cheapest(self.T, False)
 
-    def forms(self, layers: dict, level: int) -> list[tuple[str, str]]:
-        """What to time: everything, or (level 1) the paths that auto did not choose on one pattern only."""
-        block = self.training and (self.d1, self.d2) in BLOCK  # of use in the summary
-
-        def wanted(form: str, pattern: str) -> bool:
-            if form == "auto" or (form == "full" and not self.training):
-                return False
-            if form in ("PEFT", "authors"):
-                return block and (level == 2 or pattern in ("", "banded 2")) and pattern != "random 16"
-            return level == 2 or pattern in ("", "banded 2") or form == self.choice(layers, pattern)
-
-        return [key for key in layers if wanted(*key)]
-
-    def measure(self, layers: dict, device: torch.device, pace: float, budget: float, left: float) -> dict:
-        """(form, pattern) -> median seconds: all forms within budget seconds, else fewer within left, else none."""
-        for level, allowed in ((2, budget), (1, left)):
-            forms = self.forms(layers, level)
-            if pace * sum(self.multiply_adds(form) for form, _ in forms) * (1 + ROUNDS[0]) <= allowed:
-                break
-        else:
-            return {}
+    def measure(self, layers: dict[Form, nn.Module], device: torch.device, whole: bool, budget: float) -> dict:
+        """Form -> median seconds. Unless whole: the paths that auto does not take with one pattern only."""
         x, g = torch.randn(self.T, self.d2, device=device), torch.randn(self.T, self.d1, device=device)
         x.requires_grad_(self.training)
-        calls = {key: self.call(layers[key], x, g) for key in forms}
-        return medians(calls, device, min(allowed, budget))
 
-    def call(self, layer: nn.Module, x: Tensor, g: Tensor) -> Callable[[], Any]:
-        """Forward and backward to x and to what is trained, given the gradient g of the output; or forward only."""
-        if self.training:
-            inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-            return lambda: torch.autograd.grad(layer(x), inputs, g)
-        return torch.no_grad()(lambda: layer(x))
+        def wanted(form: str, pattern: str) -> bool:
+            few = not whole and pattern not in ("", "banded 2")
+            if form in ("auto", "full"):
+                return form == "full" and self.training
+            if form in ("PEFT", "authors"):
+                return self.counts() and not few and pattern != "random 16"
+            return not few or form == self.choice(layers, pattern)
+
+        calls = {key: call_of(layer, x, g) for key, layer in layers.items() if wanted(*key)}
+        return medians(calls, device, budget)
+
+
+def call_of(layer: nn.Module, x: Tensor, g: Tensor) -> Callable[[], Any]:
+    """Forward and backward, to x and to what is trained, given the gradient g of the output; or forward only."""
+    if x.requires_grad:
+        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        return lambda: torch.autograd.grad(layer(x), inputs, g)
+    return torch.no_grad()(lambda: layer(x))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
@@ -1101,8 +1092,8 @@ def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) ->
     return (time.perf_counter() - start) / times
 
 
-def medians(calls: dict[Any, Callable[[], Any]], device: torch.device, budget: float) -> dict[Any, float]:
-    """Median seconds of each call, in as many rounds as the budget in seconds allows.
+def medians(calls: dict[Form, Callable[[], Any]], device: torch.device, budget: float) -> dict[Form, float]:
+    """Median seconds of each call over 3 to 25 rounds, as many as the budget in seconds allows.
 
     Rounds are interleaved (A B C, A B C, ...), so that a machine that slows down slows all alike. Short calls
     are timed several at once, after a round that does not count.
@@ -1112,7 +1103,7 @@ def medians(calls: dict[Any, Callable[[], Any]], device: torch.device, budget: f
         found = {key: [seconds_of(call, device)] for key, call in calls.items()}
     times = {key: max(1, min(20, int(1e-3 / found[key][0]))) for key in calls}
     rounds = int(budget / sum(found[key][0] * times[key] for key in calls))
-    for _ in range(max(ROUNDS[0], min(ROUNDS[1], rounds)) - 1):
+    for _ in range(max(3, min(25, rounds)) - 1):
         for key, call in calls.items():
             found[key].append(seconds_of(call, device, times[key]))
     return {key: statistics.median(values) for key, values in found.items()}
@@ -1121,28 +1112,32 @@ def medians(calls: dict[Any, Callable[[], Any]], device: torch.device, budget: f
 def bench(args: argparse.Namespace) -> None:
     """Times every path against a frozen linear, full fine-tuning and LoRA, and prints ratios."""
     begin, device = time.perf_counter(), pick_device(args.device)
+    everything = args.all or device.type == "cuda"
     shapes, lengths = (BLOCK, [256]) if args.quick else ([*BLOCK, (2048, 2048)], [64, 256, 1024, 4096, 16384])
-    seconds = args.seconds or (10 if args.quick else 105)
-    layers = {shape: bench_layers(*shape, device, args.peft) for shape in shapes}
     cells = [Cell(training, *shape, T) for training in (True, False) for shape in shapes for T in lengths]
-    probe = Cell(True, 768, 768, 1024)
-    x, g = torch.randn(1024, 768, device=device, requires_grad=True), torch.randn(1024, 768, device=device)
-    call = probe.call(layers[768, 768]["frozen", ""], x, g)
-    pace = medians({"": call}, device, 0.1)[""] / probe.multiply_adds("frozen")  # seconds per multiply-add
-
-    def rank_of(cell: Cell) -> tuple:  # the summary's cells first, then the cheap ones
-        summary = cell.training and cell[1:3] in BLOCK and 256 <= cell.T <= 4096
-        return not summary, cell.multiply_adds("frozen")
-
-    found: dict[Cell, dict] = {}
-    progress = Progress("bench", len(cells), "cell")
-    for number, cell in enumerate(sorted(cells, key=rank_of), 1):
-        left = seconds - (time.perf_counter() - begin)
-        found[cell] = cell.measure(layers[cell[1:3]], device, pace, seconds / 40, left)
+    cells = [cell for cell in cells if everything or (cell.T < 16384 and cell.size() <= 4096 * 768 * 3072)]
+    layers = {shape: bench_layers(*shape, device, args.peft) for shape in shapes}
+    found, progress = {}, Progress("bench", len(cells), "cell")
+    for number, cell in enumerate(sorted(cells, key=lambda cell: (not cell.counts(), cell.size())), 1):
+        if time.perf_counter() - begin > 100 and not everything:
+            break
+        whole = everything or cell.size() <= 256 * 768 * 2304
+        found[cell] = cell.measure(layers[cell[1:3]], device, whole, 0.4 if args.quick else 0.7)
         progress(number, lambda rate, cell=cell: f"{cell.d1} x {cell.d2}, {cell.T} tokens")
-    print_bench(cells, found, layers)
-    print_block(found, layers)
+    missed, cells = len(cells) - len(found), [cell for cell in cells if cell in found]
+    for training, mode in ((True, "Training: forward and backward"), (False, "Inference: forward")):
+        say(f"\n{mode}, over a frozen linear's time\n")
+        say(bench_table([cell for cell in cells if cell.training == training], found, layers))
+    if missed:
+        say(f"\nNo time was left for {missed} shapes and lengths more; --all measures them.")
+    say(f"\n{BENCH_NOTES}\n\nGPT-2 block, training: its four linears' times added up, auto's path for each\n")
+    say(block_table(cells, found, layers))
     say(f"\n{machine(device)}; {time.perf_counter() - begin:.0f} s")
+
+
+BENCH_NOTES = """\
+auto: the path it takes; its time is that path's. best: the fastest of the three paths. bound: multiply-adds of
+auto's path over the frozen linear's. -: not measured. LoRA r=8 is this file's; authors: the authors' order."""
 
 
 def machine(device: torch.device) -> str:
@@ -1151,54 +1146,47 @@ def machine(device: torch.device) -> str:
     return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, float32 on {device}"
 
 
-def fixed(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+def fixed(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
-def print_bench(cells: list[Cell], found: dict[Cell, dict], layers: dict) -> None:
-    """One row per cell and pattern; then what there was no time for."""
-    heads = ["full", "LoRA r=8", *PATHS, "auto", "auto/best", "bound/auto"]
-    for training in (True, False):
-        mode = "Training: forward and backward" if training else "Inference: forward"
-        say(f"\n{mode}, time over the frozen linear's. auto: the path it takes; best: the fastest of the three;")
-        say("bound: the multiply-adds of auto's path over the frozen linear's; -: not measured")
-        say(f"{'d1 x d2':>11} {'T':>5} {'pattern':<9}" + "".join(f"{head:>11}" for head in heads))
-        for cell in cells:
-            times = found[cell] if cell.training == training else {}
-            for pattern in PATTERNS if times else ():
-                ratio = {form: t / times["frozen", ""] for (form, p), t in times.items() if p in ("", pattern)}
-                chosen = cell.choice(layers[cell[1:3]], pattern)
-                best = min(ratio.get(path, -math.inf) for path in PATHS)  # unknown unless all three are known
-                bound = cell.multiply_adds(chosen) / cell.multiply_adds("frozen")
-                fields = [fixed(ratio.get(form)) for form in ("full", "LoRA", *PATHS)]
-                fields += [chosen, fixed(ratio[chosen] / best if best > 0 else None), fixed(bound / ratio[chosen])]
-                row = "".join(f"{field:>11}" for field in fields)
-                say(f"{cell.d1:>4} x {cell.d2:<4} {cell.T:>5} {pattern:<9}{row}")
-    missed = [f"{c.d1} x {c.d2} T={c.T} {'training' if c.training else 'inference'}" for c in cells if not found[c]]
-    if missed:
-        say(f"\nLeft out for want of time (--seconds N gives more): {', '.join(missed)}")
+def bench_table(cells: list[Cell], found: dict[Cell, dict[Form, float]], layers: dict) -> str:
+    """One row per cell and pattern."""
+    rows, forms = [], ["full", "LoRA r=8", *PATHS]
+    for cell in cells:
+        for pattern in PATTERNS:
+            chosen = cell.choice(layers[cell[1:3]], pattern)
+            bound = cell.multiply_adds(chosen) / cell.multiply_adds("frozen")
+            times = {form: seconds for (form, p), seconds in found[cell].items() if p in ("", pattern)}
+            ratio = {form: times.get(form, math.nan) / times["frozen"] for form in forms}
+            best = sum(sorted(ratio[path] for path in PATHS)[:1]) if all(path in times for path in PATHS) else math.nan
+            measured = [*(fixed(ratio[form]) for form in forms), chosen]
+            marks = [fixed(ratio[chosen] / best), fixed(bound / ratio[chosen])]
+            rows.append([f"{cell.d1} x {cell.d2}", pattern, str(cell.T), *measured, *marks])
+    return markdown(["d1 x d2", "pattern", "T", *forms, "auto", "auto/best", "bound/auto"], rows)
 
 
-def print_block(found: dict[Cell, dict], layers: dict) -> None:
-    """GPT-2's four linears together, training, auto's path for each; the geometric mean over T and d."""
-    heads = ["auto/frozen", "LoRA/frozen", "auto/LoRA", "auto/PEFT", "auto/authors", "bound/auto"]
-    say("\nGPT-2 block, training: the four linears' times added up; LoRA r=8 ours, PEFT the package's")
-    say(f"{'T':>5} {'d':>4}" + "".join(f"{head:>13}" for head in heads))
+def block_table(cells: list[Cell], found: dict[Cell, dict[Form, float]], layers: dict) -> str:
+    """GPT-2's four linears together, training; the last row is the geometric mean over T and d."""
     rows = []
     for T in (256, 1024, 4096):
-        cells = [Cell(True, *shape, T) for shape in BLOCK]
-        for name, (_, d) in list(PATTERNS.items())[:3] if all(found.get(cell) for cell in cells) else []:
-            chosen = [cell.choice(layers[cell[1:3]], name) for cell in cells]
-            auto = sum(found[cell][path, name] for cell, path in zip(cells, chosen, strict=True))
-            keys = [("frozen", ""), ("LoRA", ""), ("PEFT", ""), ("authors", name)]
-            frozen, lora, peft, authors = (sum(found[cell].get(key, math.nan) for cell in cells) for key in keys)
-            least = sum(cell.multiply_adds(path) for cell, path in zip(cells, chosen, strict=True))
-            bound = least / sum(cell.multiply_adds("frozen") for cell in cells)
-            rows.append([auto / frozen, lora / frozen, auto / lora, auto / peft, auto / authors, bound * frozen / auto])
-            say(f"{T:>5} {d:>4}" + "".join(f"{fixed(value):>13}" for value in rows[-1]))
-    columns = [[value for value in column if value == value] for column in zip(*rows, strict=True)]
-    means = [math.exp(sum(map(math.log, column)) / len(column)) if column else math.nan for column in columns]
-    say(f"{'geo. mean':<10}" + "".join(f"{fixed(value):>13}" for value in means))
+        block = [cell for cell in cells if cell.training and cell[1:3] in BLOCK and cell.T == T]
+        for name in list(PATTERNS)[:3] if block else []:
+
+            def total(form: str, pattern: str = "", block: list[Cell] = block) -> float:
+                return sum(found[cell].get((form, pattern), math.nan) for cell in block)
+
+            chosen = [cell.choice(layers[cell[1:3]], name) for cell in block]
+            auto = sum(found[cell][path, name] for cell, path in zip(block, chosen, strict=True))
+            least = sum(cell.multiply_adds(path) for cell, path in zip(block, chosen, strict=True))
+            frozen, lora = total("frozen"), total("LoRA r=8")
+            bound = least / sum(cell.multiply_adds("frozen") for cell in block) * frozen / auto
+            others = [auto / lora, auto / total("PEFT"), auto / total("authors", name)]
+            rows.append([str(T), name, auto / frozen, lora / frozen, *others, bound])
+    known = [[value for value in column if value == value] for column in list(zip(*rows, strict=True))[2:]]
+    means = [math.exp(statistics.mean(map(math.log, column))) if column else math.nan for column in known]
+    heads = ["T", "pattern", "auto/frozen", "LoRA/frozen", "auto/LoRA", "auto/PEFT", "auto/authors", "bound/auto"]
+    return markdown(heads, [[*row[:2], *map(fixed, row[2:])] for row in [*rows, ["mean", "geometric", *means]]])
 
 
 # ---------------------------------------------------------------- the command line
@@ -1248,8 +1236,8 @@ def compare_options(parser: Parser) -> None:
 
 
 def bench_options(parser: Parser) -> None:
-    parser.add_argument("--quick", action="store_true", help="GPT-2's shapes at two lengths")
-    parser.add_argument("--seconds", type=number(float, 1e-9), help="about how long (105; --quick: 10)")
+    parser.add_argument("--quick", action="store_true", help="GPT-2's shapes at one length")
+    parser.add_argument("--all", action="store_true", help="the whole grid on the CPU too, however long it takes")
     parser.add_argument("--peft", action="store_true", help="time the LoRA of the peft package too")
 
 
