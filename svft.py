@@ -67,9 +67,9 @@ from torch import Tensor, nn
 
 __version__ = "0.1.0"
 __all__ = [
-    *("SVD", "compute_svd", "omega_plain", "omega_banded", "omega_random", "omega_top_k", "rank_bound", "term_rank"),
-    *("SVFTLinear", "inject", "merge", "disabled", "summary", "save_adapter", "load_adapter"),
-]
+    "SVD", "compute_svd", "omega_plain", "omega_banded", "omega_random", "omega_top_k", "rank_bound", "term_rank",
+    "SVFTLinear", "inject", "merge", "disabled", "summary", "save_adapter", "load_adapter",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 FORMAT = "svft 1"  # of the cache and adapter files
@@ -425,13 +425,15 @@ class SVFTLinear(nn.Module):
         if autocast is not None and (self.path == "fused" or self.weight is None):
             with _no_autocast(x):  # the factors stand in for W0: never in low precision (D14)
                 return self.forward(x.to(self.U.dtype)).to(autocast)
-        if self._disabled:
+        T, low = x.numel() // self.in_features, (autocast or self.U.dtype) in HALF
+        path = self._cheapest(T, low) if self.path == "auto" else self.path
+        if T == 0:  # embedding_bag refuses a Z without columns
+            path = "dense"
+        elif self._disabled:
             if self.weight is not None:
                 return self._base_product(x, self.weight)
             return self._fused(x, torch.zeros_like(self.m))
-        low, T = (autocast or self.U.dtype) in HALF, x.numel() // self.in_features
-        path = self._cheapest(T, low) if self.path == "auto" else self.path
-        if path == "dense" or T == 0:  # embedding_bag refuses a Z without columns
+        if path == "dense":
             return self._dense(x)
         return self._fused(x, self.m) if path == "fused" else self._gather(x)
 
@@ -461,10 +463,9 @@ class SVFTLinear(nn.Module):
         if self.path == "gather" and self.weight is None:
             raise ValueError(f"{got}, want 'auto', 'dense' or 'fused': there is no W0")
         if (self.path == "fused" or self.weight is None) and not self._fits:
-            why = (
-                f"{self.U.dtype} factors, {len(self.S)} of {min(self.out_features, self.in_features)}, would change W0"
-            )
-            raise ValueError(f"{got}, want W0 kept and 'auto', 'dense' or 'gather': {why} (D8, D14)")
+            n = min(self.out_features, self.in_features)
+            why = f"{self.U.dtype} factors, {len(self.S)} of {n}, would change W0 (D8, D14)"
+            raise ValueError(f"{got}, want W0 kept and 'auto', 'dense' or 'gather': {why}")
 
     def M(self) -> Tensor:
         """M as a dense matrix (r1, r2), zero outside Omega; differentiable in m; float32 or float64."""

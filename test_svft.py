@@ -2132,7 +2132,7 @@ MUTATIONS = [
     ("self.weight + (delta.T if self._transposed else delta)", "self.weight + delta", "every_path_equals"),
     ("m = m.to(torch.promote_types(m.dtype, torch.float32))", "m = m.to(self.U.dtype)", "compute_the_update_in_float32"),
     ("        self._check_path()\n        autocast", "        autocast", "refuses_a_later_half"),
-    ("if path == \"dense\" or T == 0:", "if path == \"dense\":", "training_starts_at_W0"),
+    ("if T == 0:  # embedding_bag", "if False:  # embedding_bag", "training_starts_at_W0"),
     ("if autocast is not None and (self.path == \"fused\" or self.weight is None):", "if False:", "autocast_stays_out"),
     ("        with _no_autocast(self.U):\n            Y", "        if True:\n            Y", "autocast_agrees"),
     ("        with _no_autocast(self.U):\n            return (self.U[:, :n]", "        if True:\n            return (self.U[:, :n]", "merge_under_autocast"),
