@@ -345,6 +345,8 @@ class SVFTLinear(nn.Module):
         **svd_options: Any,
     ) -> None:
         super().__init__()
+        if unknown := svd_options.keys() - {"rank", "full_matrices", "dtype", "cache_dir"}:
+            raise TypeError(f"options: got {sorted(unknown)}, want those of SVFTLinear and compute_svd")
         W0 = _base_weight(base)  # (d1, d2)
         if svd is None:
             svd = compute_svd(W0, **svd_options)
@@ -544,7 +546,7 @@ class SVFTLinear(nn.Module):
 def _make_omega(pattern: Any, svd: SVD, d: int, k: int | None, seed: int) -> tuple[Tensor, str]:
     """The omega that pattern, d, k and seed stand for, and its name in tables."""
     U, _, Vh = svd
-    r1, r2 = U.shape[1], Vh.shape[0]
+    r1, r2, d = U.shape[1], Vh.shape[0], _check_int("d", d, 0)
     name = pattern if isinstance(pattern, str) else "custom"
     if k is not None and name not in ("random", "top_k"):
         raise ValueError(f"k: got {k} with pattern {pattern!r}, want k only with 'random' and 'top_k'")
@@ -629,7 +631,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the SVFTLinear layers: name, d1 x d2, pattern, k, path, bytes held; then totals and % trained."""
+    """A table of the SVFTLinear layers: name, d1 x d2, pattern, k, path, bytes held; then totals and % trained.
+
+    The share is of the parameters that the model had without the layers' own U, S, Vh and m, as papers count it.
+    """
     rows, held = [("layer", "shape", "pattern", "k", "path", "bytes")], 0
     for name, layer in _svft_layers(model).items():
         size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
@@ -638,10 +643,14 @@ def summary(model: nn.Module) -> str:
         held += size
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    own = {id(p) for layer in _svft_layers(model).values() for p in (layer.U, layer.S, layer.Vh, layer.m)}
+    freed = [layer for layer in _svft_layers(model).values() if layer.weight is None]
+    total = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    total += sum(layer.out_features * layer.in_features for layer in freed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     lines.append(f"{len(rows) - 1} layers, {held:,} bytes")
-    lines.append(f"trained: {trained:,} of {total:,} parameters, {100 * trained / max(total, 1):.3f}%")
+    share = 100 * trained / max(total, 1)
+    lines.append(f"trained: {trained:,} parameters, {share:.3f}% of the base model's {total:,}")
     return "\n".join(lines)
 
 
@@ -678,9 +687,12 @@ def save_adapter(model: nn.Module, path: StrPath, *, bases: bool = False) -> Non
     The file holds coordinates without their basis, which load_adapter computes again from W0. bases=True stores
     the basis too, for weights whose SVD does not come out the same twice (repeated singular values); the full
     SVD of a rectangular weight is always stored. Under FSDP2 call it on every rank.
-    Raises ValueError where there is no SVFTLinear in model, or an m is not finite. Warns where some m, but not
-    every one, is still zero: its layer was not used, or not through forward.
+    Raises ValueError where there is no SVFTLinear in model, or an m is not finite, FileNotFoundError where the
+    folder is missing. Warns where some m, but not every one, is still zero (its layer was not used, or not
+    through forward), and of bases that a plain model will not have.
     """
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"path: got {str(path)!r}, want a file in a folder that exists")
     entries = {}
     for name, layer in _svft_layers(_unwrapped(model)).items():
         U, S, Vh, m = (_whole(t) for t in (layer.U, layer.S, layer.Vh, layer.m))
@@ -694,6 +706,10 @@ def save_adapter(model: nn.Module, path: StrPath, *, bases: bool = False) -> Non
             entry |= {"U": U, "S": S, "Vh": Vh}
         elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):
             warnings.warn(f"layer {name!r}: no plain model will have these signs; use bases=True", stacklevel=2)
+        if m.dtype in HALF:
+            warnings.warn(
+                f"layer {name!r}: converted to {m.dtype} after inject: only such a one can load it", stacklevel=2
+            )
         entries[name] = entry
     if not entries:
         raise ValueError("model: got one without an SVFTLinear, want an injected model")
@@ -710,7 +726,8 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     must hold the same layers with the same Omegas. Either way the saved m must give the saved Delta W on the
     bases found here: a^T Delta W b, for 16 fixed random pairs a and b, may differ by 1e-3, relatively. That
     shows another base model, a flipped sign, a rotated subspace. It cannot show a change outside the adapted
-    weights, or of singular values alone. m = 0 fits every base.
+    weights or in directions that Omega does not use, or of singular values alone, as in a base into which a plain
+    adapter was merged already. m = 0 fits every base.
     Raises ValueError with the layer's name and the difference; OSError where the file cannot be opened.
     """
     _check_unsharded(model)
@@ -906,8 +923,8 @@ def _check_weight(weight: Tensor) -> None:
         got = f"{type(weight).__name__} ({weight.layout})"
         raise TypeError(f"weight: got a {got}, want a plain dense tensor: inject before sharding or packing")
     if weight.is_meta or not weight.numel():
-        got = "meta tensor" if weight.is_meta else "empty tensor"
-        raise ValueError(f"weight: got a {got} of shape {tuple(weight.shape)}, want one that holds values")
+        got = "a meta tensor" if weight.is_meta else "an empty tensor"
+        raise ValueError(f"weight: got {got} of shape {tuple(weight.shape)}, want one that holds values")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("weight: got NaN or inf in it, want finite values")
 
@@ -929,7 +946,8 @@ def _check_omega(omega: Tensor, r1: int | None = None, r2: int | None = None) ->
         raise ValueError(f"omega: got shape {tuple(omega.shape)}, want (2, k) with k >= 1")
     i, j = omega
     if not bool((omega >= 0).all() & (i < (r1 or math.inf)).all() & (j < (r2 or math.inf)).all()):
-        raise ValueError(f"omega: got up to {tuple(omega.amax(1).tolist())}, want 0 <= i < {r1} and 0 <= j < {r2}")
+        got = f"i, j from {tuple(omega.amin(1).tolist())} to {tuple(omega.amax(1).tolist())}"
+        raise ValueError(f"omega: got {got}, want them from 0 to below {r1 or 'any'} and {r2 or 'any'}")
     flat = i * (j.max() + 1) + j
     if not bool((flat[1:] > flat[:-1]).all()):
         raise ValueError("omega: got unsorted or repeated positions, want each once, sorted by i, then j")

@@ -303,8 +303,14 @@ class TestOmega_Section_3_1:
         block = torch.cartesian_prod(torch.arange(2), torch.arange(2)).T
         layer = SVFTLinear(plain_layer(5, 4), block)
         assert torch.equal(layer.omega, block) and layer.pattern == "custom"
-        strongest = SVFTLinear(plain_layer(5, 4), lambda svd: omega_plain(len(svd.S), 1))
-        assert strongest.omega.tolist() == [[0], [0]]
+        R, svd = torch.randn(2, 2, dtype=torch.float64), compute_svd(layer.weight)
+        with torch.no_grad():
+            layer.m.copy_(R.flatten())
+        near(layer.delta_weight(), svd.U[:, :2] @ R @ svd.Vh[:2], 1e-12)  # LoRA-XS: U_r R V_r^T
+        scaled = SVFTLinear(plain_layer(5, 4), lambda svd: omega_plain(len(svd.S), len(svd.S)))
+        with torch.no_grad():
+            scaled.m.copy_(svd.S * (R[0, 0] - 1))
+        near(scaled.merged_weight(), (svd.U * svd.S * R[0, 0]) @ svd.Vh, 1e-12)  # SVF: U diag(sigma z) V^T
 
 
 # ---------------------------------------------------------------- Eq. (1) and Eq. (2)
@@ -345,9 +351,9 @@ class TestTheLayer_Eq_1:
         m, x = torch.randn_like(layer.m).requires_grad_(), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
         call = torch.func.functional_call
         assert torch.autograd.gradcheck(lambda m, x: call(layer, {"m": m}, (x,)), (m, x))
-        for method in ("M", "delta_weight", "merged_weight"):
-            getattr(layer, method)().square().sum().backward()
-            assert layer.m.grad is not None and torch.isfinite(layer.m.grad).all()
+        for matrix in (SVFTLinear.M, SVFTLinear.delta_weight, SVFTLinear.merged_weight):
+            layer.forward = lambda matrix=matrix: matrix(layer)
+            assert torch.autograd.gradcheck(lambda m: call(layer, {"m": m}, ()), (m,))
 
     @devices
     @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -409,6 +415,33 @@ class TestTheLayer_Eq_1:
             counts[path] = counter.get_total_flops()
         assert counts["dense"] != counts["fused"]
         assert counts["auto"] == min(counts.values()), counts
+
+    def test_auto_knows_what_a_dense_band_costs_and_what_fused_cannot_serve(self):
+        """A sparse multiply-add weighs as 12 (D11); in half precision, or with a cut SVD, auto never takes fused (D14, D8)."""
+
+        def took(layer, tokens, amp=False):
+            took = []
+            for path in ("_dense", "_gather", "_fused"):
+                real = getattr(SVFTLinear, path)
+                setattr(layer, path, lambda *a, real=real, path=path: took.append(path) or real(layer, *a))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+                layer(torch.randn(tokens, 64).to(layer.U.dtype))
+            return took[-1]
+
+        square = plain_layer(64, 64, dtype=torch.float32)
+        assert (
+            took(SVFTLinear(square, "banded", 0), 100) == "_fused"
+            and took(SVFTLinear(square, "banded", 8), 100) == "_dense"
+        )
+        for layer, amp in (
+            (SVFTLinear(square), True),
+            (SVFTLinear(square, rank=9), False),
+            (SVFTLinear(square.bfloat16()), False),
+        ):
+            assert [took(layer, tokens, amp) for tokens in (2, 9999)] == [
+                "_gather",
+                "_dense" if len(layer.S) == 64 else "_gather",
+            ]
 
     def test_an_input_of_another_width_is_named(self):
         """A wrong last dimension is an error on every path, also where a reshape could hide it."""
@@ -726,8 +759,10 @@ class TestDisabledAndSummary:
         assert rows[1][:5] == ["0", "6 x 5", "banded d=1", "13", "auto"]
         held = 4 * (6 * 5 + 6 + 6 * 5 + 5 + 5 * 5 + 13) + 8 * (2 * 13 + 5)  # W0, b, U, S, Vh, m; omega, row starts
         assert rows[1][5] == str(held)
-        total = sum(p.numel() for p in model.parameters())
-        assert rows[-1][0] == f"trained: 23 of {total} parameters, {100 * 23 / total:.3f}%"
+        total = sum(p.numel() for p in mlp(width=6).parameters())
+        assert rows[-1][0] == f"trained: 23 parameters, {100 * 23 / total:.3f}% of the base model's {total}"
+        freed = svft.inject(mlp(width=6), ["0", "4"], "banded", 1, keep_weight=False)
+        assert svft.summary(freed).splitlines()[-1] == rows[-1][0]
 
 
 # ---------------------------------------------------------------- dtypes, devices, and the places people run it
@@ -853,7 +888,7 @@ class TestDtypesAndTransformations:
             near(layer(x), layer.merge()(x), 1e-10)
 
     def test_no_path_mixes_devices(self):
-        """On fake accelerator tensors: inject, forward, backward, autocast, merge. Needs no GPU; a mix-up raises.
+        """On fake accelerator tensors: inject, forward, backward, merge. Needs no GPU; a mix-up raises.
 
         Without a GPU torch cannot run autograd on fake "cuda" tensors; there a fake backend that torch lets
         Python register takes its place, once as itself (like MPS) and once passing for CUDA. In its own process.
@@ -1125,6 +1160,19 @@ class TestAdapterFile:
                 model[2] = nn.Bilinear(6, 6, 6)
         return model
 
+    def test_what_the_check_cannot_see_loads(self, tmp_path):
+        """A scaled base has the same U and V, so the saved update comes out: said in the notes, and so it is."""
+        model = randomize(svft.inject(mlp(), ["2"]))
+        svft.save_adapter(model, tmp_path / "a.pt")
+        svft.save_adapter(model, tmp_path / "b.pt", bases=True)
+        scaled = mlp()
+        scaled[2].weight.data *= 2
+        near(
+            svft.load_adapter(copy.deepcopy(scaled), tmp_path / "a.pt")[2].delta_weight(), model[2].delta_weight(), 1e-5
+        )
+        with pytest.raises(ValueError, match="svd: got factors"):
+            svft.load_adapter(scaled, tmp_path / "b.pt")  # the stored Sigma must fit the weight
+
     @pytest.mark.parametrize("into", ["plain", "injected"])
     @pytest.mark.parametrize(
         "what, said",
@@ -1142,9 +1190,9 @@ class TestAdapterFile:
         """M is a set of coordinates: on another basis it is another update. Layer and relative difference are named."""
         base, model, path = saved
         model = TestAdapterFile.spoil(what, base)
+        if into == "injected" and what == "a layer of another type":
+            pytest.skip("no such layer can be injected: TestBadInput")
         if into == "injected":
-            if what == "a layer of another type":
-                return  # no such layer can be injected (TestBadInput)
             have = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
             entries = torch.load(path)["layers"]
             for name in have:  # with the file's own Omegas, where they fit
@@ -1334,7 +1382,7 @@ class TestAdapterFile:
 @pytest.fixture(scope="module")
 def hf():
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return pytest.importorskip("transformers", reason="pip install 'svft[gpt2]' to run the Hugging Face tests")
+    return pytest.importorskip("transformers", reason="pip install '.[gpt2]' accelerate, to run the Hugging Face tests")
 
 
 def tiny(hf, kind, **options):
@@ -1534,7 +1582,7 @@ BAD = [
     ("weight bool", lambda m: compute_svd(torch.ones(2, 2) > 0), TypeError, "weight: got torch.bool"),
     ("weight a vector", lambda m: compute_svd(torch.ones(3)), ValueError, r"weight: got shape \(3,\), want a matrix"),
     ("weight a convolution's", lambda m: compute_svd(torch.ones(2, 2, 3)), ValueError, r"weight: got shape \(2, 2, 3\)"),
-    ("weight empty", lambda m: compute_svd(torch.ones(0, 3)), ValueError, r"weight: got a empty tensor of shape \(0, 3\)"),
+    ("weight empty", lambda m: compute_svd(torch.ones(0, 3)), ValueError, r"weight: got an empty tensor of shape \(0, 3\)"),
     ("weight on meta", lambda m: compute_svd(torch.ones(2, 3, device="meta")), ValueError, "weight: got a meta tensor"),
     ("weight with NaN", lambda m: compute_svd(W * math.nan), ValueError, "weight: got NaN or inf"),
     ("weight with inf", lambda m: compute_svd(W / 0), ValueError, "weight: got NaN or inf"),
@@ -1560,19 +1608,19 @@ BAD = [
     ("top-k, U no matrix", lambda m: omega_top_k(torch.ones(3), torch.eye(3), 1), ValueError, r"U: got shape \(3,\)"),
     ("top-k, Vh integer", lambda m: omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1), TypeError, "Vh: got torch.int64"),
     ("bound, shape of one", lambda m: svft.rank_bound(O, (3,)), ValueError, r"shape: got \(3,\)"),
-    ("bound, Omega outside", lambda m: svft.rank_bound(O, (3, 2)), ValueError, "omega: got up to"),
+    ("bound, Omega outside", lambda m: svft.rank_bound(O, (3, 2)), ValueError, "omega: got i, j from"),
     ("omega no tensor", lambda m: svft.term_rank([[0], [0]]), TypeError, "omega: got list"),
     ("omega int32", lambda m: svft.term_rank(O.int()), TypeError, "omega: got torch.int32"),
     ("omega (k, 2)", lambda m: svft.term_rank(O.T), ValueError, r"omega: got shape \(3, 2\), want \(2, k\)"),
     ("omega empty", lambda m: svft.term_rank(O[:, :0]), ValueError, r"omega: got shape \(2, 0\)"),
     ("omega unsorted", lambda m: svft.term_rank(O.flip(1)), ValueError, "omega: got unsorted or repeated"),
     ("omega repeated", lambda m: svft.term_rank(O[:, [0, 0, 1]]), ValueError, "omega: got unsorted or repeated"),
-    ("omega negative", lambda m: svft.term_rank(O - 1), ValueError, "omega: got up to"),
-    ("omega outside M", lambda m: inject_2(m, pattern=omega_plain(7, 7)), ValueError, "layer '2': omega: got up to"),
+    ("omega negative", lambda m: svft.term_rank(O - 1), ValueError, "omega: got i, j from"),
+    ("omega outside M", lambda m: inject_2(m, pattern=omega_plain(7, 7)), ValueError, "layer '2': omega: got i, j from"),
     ("pattern unknown", lambda m: inject_2(m, pattern="diagonal"), ValueError, "layer '2': pattern: got 'diagonal'"),
     ("pattern None", lambda m: inject_2(m, pattern=None), ValueError, "pattern: got None"),
     ("pattern returns no omega", lambda m: inject_2(m, pattern=lambda svd: 3), TypeError, "omega: got int"),
-    ("pattern returns one outside", lambda m: inject_2(m, pattern=lambda svd: O + 5), ValueError, "omega: got up to"),
+    ("pattern returns one outside", lambda m: inject_2(m, pattern=lambda svd: O + 5), ValueError, "omega: got i, j from"),
     ("k with banded", lambda m: inject_2(m, k=3), ValueError, "k: got 3 with pattern 'banded'"),
     ("k with a tensor", lambda m: inject_2(m, pattern=O, k=3), ValueError, "k: got 3 with pattern"),
     ("top-k in a rectangular layer", lambda m: svft.inject(m, ["2", "4"], "top_k"), ValueError, "layer '4': top_k: got"),
@@ -1582,7 +1630,9 @@ BAD = [
     ("no W0 and a truncated SVD", lambda m: inject_2(m, keep_weight=False, rank=2), ValueError, "path: got 'auto' with keep_weight=False.*2 of 6"),
     ("fused in half", lambda m: inject_2(m.half(), path="fused"), ValueError, "path: got 'fused' .*torch.float16 factors"),
     ("no W0 in half", lambda m: inject_2(m.bfloat16(), keep_weight=False), ValueError, "path: got 'auto' with keep_weight=False.*torch.bfloat16 factors"),
-    ("an unknown option", lambda m: inject_2(m, ranks=2), TypeError, "layer '2'.*'ranks'"),
+    ("an unknown option", lambda m: inject_2(m, ranks=2), TypeError, "layer '2': options: got .'ranks'., want"),
+    ("plain with a negative d", lambda m: svft.inject(m, ["2"], "plain", -1), ValueError, "layer '2': d: got -1"),
+    ("no folder to save in", lambda m: svft.save_adapter(m, "no/a.pt"), FileNotFoundError, "path: got 'no/a.pt', want"),
     ("svd with its options", lambda m: inject_2(m, svd=compute_svd(m[2].weight), rank=2), ValueError, "svd: got svd= together"),
     ("svd of another weight", lambda m: inject_2(m, svd=compute_svd(torch.randn(6, 6))), ValueError, "svd: got factors with"),
     ("svd of other shapes", lambda m: inject_2(m, svd=compute_svd(W)), ValueError, "svd: got shapes"),
@@ -1621,7 +1671,7 @@ BAD_MODELS = [
     ("integers", with_weight(torch.ones(6, 6).to(torch.int8)), "2", TypeError, "weight: got torch.int8"),
     ("float8", with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)), "2", TypeError, "weight: got torch.float8"),
     ("meta", mlp().to("meta"), "2", ValueError, "weight: got a meta tensor"),
-    ("no inputs", with_weight(torch.ones(6, 0)), "2", ValueError, r"weight: got a empty tensor"),
+    ("no inputs", with_weight(torch.ones(6, 0)), "2", ValueError, r"weight: got an empty tensor"),
     ("parametrised", wrapped(lambda m: nn.utils.parametrizations.orthogonal(m[2])), "2", TypeError, "Parametrized"),
     ("weight-normed", wrapped(lambda m: nn.utils.parametrizations.weight_norm(m[2])), "2", TypeError, "Parametrized"),
     ("weight-normed, old way", wrapped(norm_old), "2", TypeError, "base: got .*weight_g.*weight_v"),
@@ -1649,7 +1699,7 @@ class TestBadInput:
         modules, before = list(model.modules()), {n: p.detach().clone() for n, p in model.named_parameters()}
         with pytest.raises(error, match=text) as caught:
             call(model)
-        assert error is FileNotFoundError or "want" in str(caught.value) or "unexpected keyword" in str(caught.value)
+        assert error is FileNotFoundError or "want" in str(caught.value)
         assert modules == list(model.modules()) and list(tmp_path.iterdir()) == []
         assert all(
             torch.equal(p.float(), before[n].to(p.dtype).float()) and p.requires_grad
@@ -2032,7 +2082,9 @@ class TestTheTrainingScript:
         monkeypatch.setattr(train_toy, "BLOCK", [(96, 32), (32, 32), (128, 32), (32, 128)])
         assert train_toy.main(["bench", "--quick"]) == 0
         said = capsys.readouterr().out
-        assert all(word in said for word in ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__))
+        assert all(
+            word in said for word in ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__)
+        )
 
 
 # ---------------------------------------------------------------- the documents
@@ -2138,6 +2190,8 @@ MUTATIONS = [
     ("        with _no_autocast(self.U):\n            return (self.U[:, :n]", "        if True:\n            return (self.U[:, :n]", "merge_under_autocast"),
     ("{**state, \"_disabled\": 0}", "state", "inside_disabled"),
     ("return self.U.to(Y.dtype) @ Y", "return (self.U.to(Y.dtype) @ Y).detach()", "every_path_equals"),
+    ("sparse = (2 if torch.is_grad_enabled() else 1), 12 *", "sparse = (2 if torch.is_grad_enabled() else 1), 0 *", "auto_knows"),
+    ("fused_serves = self._fits and not low", "fused_serves = self._fits", "auto_knows"),
     # -- merge, inject, disabled
     ("W = (W0 + delta).to(self.U.dtype)", "W = W0 + delta.to(self.U.dtype)", "merge_rounds_once"),
     ("if lost > 0.1:", "if lost > 2:", "warns_with_the_figure"),

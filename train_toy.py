@@ -713,7 +713,7 @@ NAMES = {
     "random": "SVFT random",
     "top-k": "SVFT top-k [1]",
     "diagonal": "SVFT random with the diagonal",
-    "gradient": "SVFT largest |U^T G V|",
+    "gradient": "SVFT largest of U^T G V",
     "kept": "SVFT rank r, W0 kept",
     "cut": "SVFT rank r, W0 cut to it",
 }
