@@ -981,7 +981,7 @@ def compare(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {args.out}: {error}") from None
-    args.steps = args.steps or (50 if args.quick else 120)
+    args.steps, args.seeds = args.steps or (100 if args.quick else 120), args.seeds or (2 if args.quick else 3)
     base = pretrained(args.cache, device)
     figure, studies = (QUICK, {}) if args.quick else (FIGURE, STUDIES)
     entries = list(dict.fromkeys([*figure, *(entry for rows in studies.values() for entry in rows)]))
@@ -1258,9 +1258,11 @@ def finetune_options(parser: Parser) -> None:
 
 
 def compare_options(parser: Parser) -> None:
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, fewer steps, one learning rate")
-    parser.add_argument("--seeds", type=number(int, 1), default=3, help="(3)")
-    parser.add_argument("--steps", type=number(int, 1), help="of fine-tuning in each run (120; --quick: 50)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes, steps and seeds, one learning rate, no studies"
+    )
+    parser.add_argument("--seeds", type=number(int, 1), help="(3; --quick: 2)")
+    parser.add_argument("--steps", type=number(int, 1), help="of fine-tuning in each run (120; --quick: 100)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, table, plot (results)")
 
 
