@@ -117,7 +117,7 @@ def rounding(dtype, *factors):
 
 
 def near(got, want, tolerance):
-    got, want = (np.asarray(t.detach().double() if isinstance(t, torch.Tensor) else t) for t in (got, want))
+    got, want = (np.asarray(t.detach().cpu().double() if isinstance(t, torch.Tensor) else t) for t in (got, want))
     assert got.shape == want.shape, f"shape {got.shape}, want {want.shape}"
     worst = float(np.abs(got - want).max()) if got.size else 0.0
     assert worst <= tolerance, f"off by {worst:.3g}, allowed {tolerance:.3g}"
@@ -317,20 +317,23 @@ class TestOmega_Section_3_1:
 
 
 class TestTheLayer_Eq_1:
+    @devices
     @given(layer=layers(), lead=leading, seed=seeds)
-    def test_every_path_equals_W0_plus_U_M_Vt_in_value_and_gradient(self, layer, lead, seed):
+    def test_every_path_equals_W0_plus_U_M_Vt_in_value_and_gradient(self, layer, lead, seed, device):
         """h = W0 x + U M V^T x + b, with Delta W summed in a double loop; gradients for x and for m."""
         torch.manual_seed(seed)
         W0, delta = weight_of(layer.base[0]), delta_by_double_loop(layer)
-        x = torch.randn(*lead, W0.shape[1], dtype=torch.float64, requires_grad=True)
-        g = torch.randn(*lead, W0.shape[0], dtype=torch.float64)
-        h = layer(x)
-        tolerance = rounding(torch.float64, W0, delta, x.detach(), g)
-        near(h, x.detach().numpy() @ (W0 + delta).T + layer.base[0].bias.detach().numpy(), tolerance)
-        h.backward(g)
-        near(x.grad, g.numpy() @ (W0 + delta), tolerance)
-        G = g.reshape(-1, W0.shape[0]).numpy().T @ x.detach().reshape(-1, W0.shape[1]).numpy()  # dL/dW, (d1, d2)
-        want = [layer.U.detach().numpy()[:, i] @ G @ layer.Vh.detach().numpy()[j] for i, j in layer.omega.T.tolist()]
+        x, g = (torch.randn(*lead, d, dtype=torch.float64) for d in W0.T.shape)
+        moved = layer.to(device)
+        x_there = x.clone().to(device).requires_grad_()
+        h = moved(x_there)
+        tolerance = rounding(torch.float64, W0, delta, x, g)
+        near(h, x.numpy() @ (W0 + delta).T + layer.base[0].bias.detach().numpy(), tolerance)
+        h.backward(g.to(device))
+        near(x_there.grad, g.numpy() @ (W0 + delta), tolerance)
+        G = g.reshape(-1, W0.shape[0]).numpy().T @ x.reshape(-1, W0.shape[1]).numpy()  # dL/dW, (d1, d2)
+        U, Vh = layer.U.detach().cpu().numpy(), layer.Vh.detach().cpu().numpy()
+        want = [U[:, i] @ G @ Vh[j] for i, j in layer.omega.T.tolist()]
         near(layer.m.grad, want, tolerance)  # dL/dm = (U^T G V) on Omega
 
     @given(layer=layers())
@@ -885,7 +888,7 @@ class TestDtypesAndTransformations:
             near(layer(x), layer.merge()(x), 1e-10)
 
     def test_no_path_mixes_devices(self):
-        """On fake accelerator tensors: inject, forward, backward, merge. Needs no GPU; a mix-up raises.
+        """On fake accelerator tensors: a small GPT-2, injected, forward, backward, merged. Needs no GPU; a mix-up raises.
 
         Without a GPU torch cannot run autograd on fake "cuda" tensors; there a fake backend that torch lets
         Python register takes its place, once as itself (like MPS) and once passing for CUDA. In its own process.
@@ -896,8 +899,9 @@ class TestDtypesAndTransformations:
 
 
 FAKE_DEVICES = """
-import itertools, torch, svft
+import itertools, torch, svft, train_toy
 from torch import nn
+from test_svft import Conv1D
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -907,10 +911,14 @@ class Fake(FakeTensorMode):  # svft's checks ask tensors for scalars: answer 'al
             return True if args[0].dtype == torch.bool else 0.01 if args[0].dtype.is_floating_point else 1
         return super().dispatch(func, types, args, kwargs or {})
 
-def linear(device, dtype):
-    layer = nn.Linear(8, 8, device="meta")
-    layer.weight, layer.bias = (nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in ((8, 8), (8,)))
-    return layer
+def gpt2(device, dtype):  # its square layers as Conv1D, as in transformers' GPT-2
+    with torch.device("meta"):
+        model = train_toy.GPT2(train_toy.Config(vocabulary=16, context=4, layers=1, heads=2, width=8))
+        model.h[0].attn.c_proj = Conv1D(8, 8)
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device, dtype=dtype)))
+    return model
 
 device = "cuda" if torch.cuda.is_available() else "fakegpu"
 if device == "fakegpu":
@@ -926,22 +934,26 @@ for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfl
     torch.Tensor.is_cuda = property(lambda t: as_cuda and t.device.type == device)
     with Fake():
         for pattern in ("banded", "random", "top_k"):
-            model = svft.inject(nn.Sequential(linear(device, dtype), linear(device, dtype)), ["0", "1"], pattern, 1)
+            targets = ["attn.c_proj"] if pattern == "top_k" else train_toy.TARGETS
+            model = svft.inject(gpt2(device, dtype), targets, pattern, 1)
+            layer, tokens = model.h[0].attn.c_proj, torch.zeros(2, 4, dtype=torch.int64, device=device)
             for path in ("auto", "dense", "gather", "fused"):
                 if path == "fused" and dtype == torch.bfloat16:
                     continue
-                model[0].path = model[1].path = path
-                x = torch.empty(2, 3, 8, device=device, dtype=dtype)
-                y = model(x)
+                for module in model.modules():
+                    if isinstance(module, svft.SVFTLinear):
+                        module.path = path
+                y = model(tokens)
                 assert y.device.type == device
                 y.float().sum().backward()
-                assert model[0].m.grad.device.type == device
+                assert layer.m.grad.device.type == device
                 if device == "cuda":  # the stand-in has no autocast
                     with torch.autocast(device, dtype=torch.bfloat16):
-                        assert model(x).dtype == torch.bfloat16
+                        assert model(tokens).device.type == device
             with svft.disabled(model):
-                assert model(x).device.type == device
-            assert svft.merge(model)[0].weight.device.type == device and type(model[0]) is nn.Linear
+                assert model(tokens).device.type == device
+            svft.merge(model)
+            assert model.h[0].attn.c_proj.weight.device.type == device and type(model.h[0].attn.c_proj) is Conv1D
             print("a model is whole")
 """
 
