@@ -386,9 +386,9 @@ class SVFTLinear(nn.Module):
         m = m.to(torch.promote_types(m.dtype, torch.float32))
         Z = Z.to(m.dtype)
         Y = F.embedding_bag(self.omega[1], Z, self._row_starts, mode="sum", per_sample_weights=m)  # (r1, c)
-        if sigma:
-            n = len(self.S)
-            Y[:n].addcmul_(self.S[:, None].to(m.dtype), Z[:n])
+        if sigma:  # on the first n rows; where these are all, not on a slice, which would cost a copy in backward
+            head, Zn = (A if len(A) == len(self.S) else A[: len(self.S)] for A in (Y, Z))
+            head.addcmul_(self.S[:, None].to(m.dtype), Zn)
         return Y
 
     def _dense(self, x: Tensor) -> Tensor:

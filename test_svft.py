@@ -26,6 +26,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -1869,18 +1870,40 @@ def held_for_backward(layer, x):
 class TestMemory:
     @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
     @pytest.mark.parametrize("d", [0, 16])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_what_forward_keeps_for_backward_does_not_grow_with_k(self, path, d, dtype):
-        """gather and fused: one (n, T) float32 tensor; dense: one d1 x d2 matrix, and in half V^T in float32 (D11)."""
-        if path == "fused" and dtype == torch.bfloat16:
+    @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+    def test_what_forward_keeps_for_backward_does_not_grow_with_k(self, path, d, kind):
+        """gather and fused: one (n, T) float32 tensor; dense: one d1 x d2 matrix, and in bf16 V^T in float32 (D11).
+
+        Autocast adds the bf16 copies that it makes of what is multiplied, of a plain layer's weight and input too.
+        """
+        if (path, kind) == ("fused", "bfloat16"):
             return  # refused (D14)
         d1, d2, T = 96, 64, 40
+        n, dtype = min(d1, d2), torch.bfloat16 if kind == "bfloat16" else torch.float32
         layer = randomize(SVFTLinear(plain_layer(d1, d2, dtype=dtype), "banded", d, path=path))
         x = torch.randn(T, d2).to(dtype).requires_grad_()
         small = 16 * len(layer.m) + 64 * d1  # embedding_bag's own index lists: some bytes an entry and a row
-        n = min(d1, d2)
-        limit = n * T * 4 if path != "dense" else d1 * d2 * 4 if dtype == torch.float32 else d1 * d2 * 2 + n * d2 * 4
-        assert 0 < held_for_backward(layer, x) <= limit + small
+        dense = {"float32": 4 * d1 * d2, "bfloat16": 2 * d1 * d2 + 4 * n * d2, "autocast": 2 * d1 * d2}
+        copies = {"dense": d1 * n + T * d2, "gather": d1 * n + n * d2 + d1 * d2, "fused": 0}
+        limit = (dense[kind] if path == "dense" else 4 * n * T) + 2 * copies[path] * (kind == "autocast")
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            assert 0 < held_for_backward(layer, x) <= limit + small
+
+    def test_inject_holds_the_factors_of_one_layer_at_a_time(self, monkeypatch):
+        """All that LAPACK was given and gave for one layer is gone when the next one's turn comes."""
+        svd, made, alive = torch.linalg.svd, [], []
+
+        def watched(W, **options):
+            alive.append(sum(t() is not None for t in made))
+            result = svd(W, **options)
+            made.extend(weakref.ref(t) for t in (W, *result))
+            return result
+
+        monkeypatch.setattr(torch.linalg, "svd", watched)
+        model = svft.inject(nn.Sequential(*(nn.Linear(12, 8) for _ in range(3))), ["0", "1", "2"], rank=4)
+        assert alive == [0, 0, 0] and len(made) == 12 and not any(t() is not None for t in made)
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+        assert sum(kept.values()) == 4 * sum(t.numel() for t in model.parameters())  # no view of something larger
 
     def test_frozen_storage_of_gpt2s_block(self):
         """U and V add at most 1.35 times W0, and may replace it: 2.35 with W0 kept, 1.35 without."""
@@ -2096,9 +2119,11 @@ class TestTheTrainingScript:
         monkeypatch.setattr(train_toy, "BLOCK", [(96, 32), (32, 32), (128, 32), (32, 128)])
         assert train_toy.main(["bench", "--quick"]) == 0
         said = capsys.readouterr().out
-        assert all(
-            word in said for word in ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__)
-        )
+        words = ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__)
+        assert all(word in said for word in words)
+        rows = train_toy.half_table([(32, 16)], 8, torch.device("cpu")).splitlines()
+        assert rows[2].count("-") == 1 and rows[3].count("-") == 0  # fused is for float32 factors alone
+        assert "inject on 4 weights" in train_toy.svd_line(1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- the documents
@@ -2190,7 +2215,7 @@ MUTATIONS = [
     # -- the layer
     ("self.m = nn.Parameter(torch.zeros(", "self.m = nn.Parameter(1e-3 * torch.ones(", "training_starts_at_W0"),
     ("requires_grad=False)\n\n        accurate", "requires_grad=True)\n\n        accurate", "only_m_trains"),
-    ("Y[:n].addcmul_(self.S[:, None].to(m.dtype), Z[:n])", "Y[:n].add_(Z[:n])", "every_path_equals"),
+    ("head.addcmul_(self.S[:, None].to(m.dtype), Zn)", "head.add_(Zn)", "every_path_equals"),
     ("F.embedding_bag(self.omega[1], Z", "F.embedding_bag(self.omega[0], Z", "every_path_equals"),
     ("per_sample_weights=m)", "per_sample_weights=m.detach())", "every_path_equals"),
     ("self._base_product(x, self.weight) + (y.T", "self._base_product(x, self.weight) - (y.T", "every_path_equals"),
@@ -2206,6 +2231,7 @@ MUTATIONS = [
     ("sparse = (2 if torch.is_grad_enabled() else 1), 12 *", "sparse = (2 if torch.is_grad_enabled() else 1), 0 *", "auto_knows"),
     ("fused_serves = self._fits and not low", "fused_serves = self._fits", "auto_knows"),
     # -- merge, inject, disabled
+    ("    log.info(\"SVD of", "    log.last = W\n    log.info(\"SVD of", "factors_of_one_layer"),
     ("W = (W0 + delta).to(self.U.dtype)", "W = W0 + delta.to(self.U.dtype)", "merge_rounds_once"),
     ("if lost > 0.1:", "if lost > 2:", "warns_with_the_figure"),
     ("return layer.train(self.training)", "return layer", "type_layout_dtype"),

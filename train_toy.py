@@ -1040,7 +1040,9 @@ def peft_lora(base: nn.Linear) -> nn.Module:
     return inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
 
 
-def bench_layers(d1: int, d2: int, device: torch.device, peft: bool) -> dict[Form, nn.Module]:
+def bench_layers(
+    d1: int, d2: int, device: torch.device, peft: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[Form, nn.Module]:
     """Layers d2 -> d1 with one W0, which is made from its SVD, so that nobody has to wait for LAPACK."""
     torch.manual_seed(0)
     n = min(d1, d2)
@@ -1048,12 +1050,13 @@ def bench_layers(d1: int, d2: int, device: torch.device, peft: bool) -> dict[For
     svd = svft.SVD(U, torch.linspace(2, 0.1, n, device=device), V.T.contiguous())
     full = nn.Linear(d2, d1, device=device)
     full.weight.data = (svd.U * svd.S) @ svd.Vh
+    full, svd = full.to(dtype), svft.SVD(*(t.to(dtype) for t in svd))
     frozen, lora = copy.deepcopy(full).requires_grad_(False), LoRA(copy.deepcopy(full), 8)
     layers: dict[Form, nn.Module] = {("frozen", ""): frozen, ("full", ""): full, ("LoRA r=8", ""): lora}
     if peft:
         layers["PEFT", ""] = peft_lora(copy.deepcopy(full))
     for name, (pattern, d) in PATTERNS.items():
-        for path in [*PATHS, "auto"]:
+        for path in [*PATHS, "auto"] if dtype == torch.float32 else ["dense", "gather", "auto"]:
             layers[path, name] = svft.SVFTLinear(full, pattern, d, path=path, svd=svd)
         layers["authors", name] = AuthorsForm(layers["auto", name])
     return layers
@@ -1087,6 +1090,11 @@ class Cell(NamedTuple):
         with torch.set_grad_enabled(self.training):
             return layers["auto", pattern]._cheapest(self.T, False)
 
+    def over_best(self, layers: dict[Form, nn.Module], times: dict[Form, float], pattern: str) -> float:
+        """Time of auto's path over that of the fastest; NaN where not every path was timed."""
+        every = [times.get((path, pattern), math.nan) for path in PATHS]
+        return times[self.choice(layers, pattern), pattern] / (math.nan if math.isnan(sum(every)) else min(every))
+
     def measure(self, layers: dict[Form, nn.Module], device: torch.device, whole: bool, budget: float) -> dict:
         """Form -> median seconds. Unless whole: the paths that auto does not take with one pattern only."""
         x, g = torch.randn(self.T, self.d2, device=device), torch.randn(self.T, self.d1, device=device)
@@ -1104,12 +1112,13 @@ class Cell(NamedTuple):
         return medians(calls, device, budget)
 
 
-def call_of(layer: nn.Module, x: Tensor, g: Tensor) -> Callable[[], Any]:
+def call_of(layer: nn.Module, x: Tensor, g: Tensor, amp: bool = False) -> Callable[[], Any]:
     """Forward and backward, to x and to what is trained, given the gradient g of the output; or forward only."""
+    forward = torch.autocast(x.device.type, torch.bfloat16)(layer) if amp else layer
     if x.requires_grad:
         inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        return lambda: torch.autograd.grad(layer(x), inputs, g)
-    return torch.no_grad()(lambda: layer(x))
+        return lambda: torch.autograd.grad(forward(x), inputs, g)
+    return torch.no_grad()(lambda: forward(x))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
@@ -1141,6 +1150,27 @@ def medians(calls: dict[Form, Callable[[], Any]], device: torch.device, budget: 
 def bench(args: argparse.Namespace) -> None:
     """Times every path against a frozen linear, full fine-tuning and LoRA, and prints ratios."""
     begin, device = time.perf_counter(), pick_device(args.device)
+    found, layers, missed = measure_grid(args, device, begin)
+    for training, mode in ((True, "Training: forward and backward"), (False, "Inference: forward")):
+        if shown := {cell: times for cell, times in found.items() if cell.training == training}:
+            say(f"\n{mode}, over a frozen linear's time\n\n{bench_table(shown, layers)}")
+    if missed:
+        say(f"\nNo time was left for {missed} shapes and lengths more; --all measures them.")
+    over_best = [cell.over_best(layers[cell[1:3]], times, name) for cell, times in found.items() for name in PATTERNS]
+    known = [value for value in over_best if value == value]
+    over = f"{max(known):.2f} at worst, {sum(value > 1.1 for value in known)} over 1.10"
+    say(f"\n{BENCH_NOTES}\n\nauto/best, {len(known)} measured: {over}.")
+    say("\nGPT-2 block, training: its four linears' times added up, auto's path for each\n")
+    say(block_table(found, layers))
+    if not args.quick:
+        say("\nHalf precision, training, banded 16: each form's time over its own in float32\n")
+        say(half_table([(768, 768), (3072, 768)], 1024, device))
+        say(f"\n{svd_line(12 if args.all else 1, device)}")
+    say(f"\n{machine(device)}; {time.perf_counter() - begin:.0f} s")
+
+
+def measure_grid(args: argparse.Namespace, device: torch.device, begin: float) -> tuple[dict, dict, int]:
+    """Cell -> form -> seconds; shape -> form -> layer; and how many cells there was no time for."""
     everything = args.all or device.type == "cuda"
     shapes, lengths = (BLOCK, [256]) if args.quick else ([*BLOCK, (2048, 2048)], [64, 256, 1024, 4096, 16384])
     cells = [Cell(training, *shape, T) for training in (True, False) for shape in shapes for T in lengths]
@@ -1148,20 +1178,12 @@ def bench(args: argparse.Namespace) -> None:
     layers = {shape: bench_layers(*shape, device, args.peft) for shape in shapes}
     found, progress = {}, Progress("bench", len(cells), "cell")
     for number, cell in enumerate(sorted(cells, key=lambda cell: (not cell.counts(), cell.size())), 1):
-        if time.perf_counter() - begin > 100 and not everything:
+        if time.perf_counter() - begin > 95 and not everything:
             break
         whole = everything or cell.size() <= 256 * 768 * 2304
         found[cell] = cell.measure(layers[cell[1:3]], device, whole, 0.4 if args.quick else 0.7)
         progress(number, lambda rate, cell=cell: f"{cell.d1} x {cell.d2}, {cell.T} tokens")
-    missed, cells = len(cells) - len(found), [cell for cell in cells if cell in found]
-    for training, mode in ((True, "Training: forward and backward"), (False, "Inference: forward")):
-        if shown := [cell for cell in cells if cell.training == training]:
-            say(f"\n{mode}, over a frozen linear's time\n\n{bench_table(shown, found, layers)}")
-    if missed:
-        say(f"\nNo time was left for {missed} shapes and lengths more; --all measures them.")
-    say(f"\n{BENCH_NOTES}\n\nGPT-2 block, training: its four linears' times added up, auto's path for each\n")
-    say(block_table(cells, found, layers))
-    say(f"\n{machine(device)}; {time.perf_counter() - begin:.0f} s")
+    return {cell: found[cell] for cell in cells if cell in found}, layers, len(cells) - len(found)
 
 
 BENCH_NOTES = """\
@@ -1179,27 +1201,26 @@ def fixed(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
-def bench_table(cells: list[Cell], found: dict[Cell, dict[Form, float]], layers: dict) -> str:
+def bench_table(found: dict[Cell, dict[Form, float]], layers: dict) -> str:
     """One row per cell and pattern."""
     rows, forms = [], ["full", "LoRA r=8", *PATHS]
-    for cell in cells:
+    for cell, measured in found.items():
         for pattern in PATTERNS:
             chosen = cell.choice(layers[cell[1:3]], pattern)
             bound = cell.multiply_adds(chosen) / cell.multiply_adds("frozen")
-            times = {form: seconds for (form, p), seconds in found[cell].items() if p in ("", pattern)}
+            times = {form: seconds for (form, p), seconds in measured.items() if p in ("", pattern)}
             ratio = {form: times.get(form, math.nan) / times["frozen"] for form in forms}
-            best = min(ratio[path] for path in PATHS) if all(path in times for path in PATHS) else math.nan
-            measured = [*(fixed(ratio[form]) for form in forms), chosen]
-            marks = [fixed(ratio[chosen] / best), fixed(bound / ratio[chosen])]
-            rows.append([f"{cell.d1} x {cell.d2}", pattern, str(cell.T), *measured, *marks])
+            over_best = cell.over_best(layers[cell[1:3]], measured, pattern)
+            marks = [*map(fixed, ratio.values()), chosen, fixed(over_best), fixed(bound / ratio[chosen])]
+            rows.append([f"{cell.d1} x {cell.d2}", pattern, str(cell.T), *marks])
     return markdown(["d1 x d2", "pattern", "T", *forms, "auto", "auto/best", "bound/auto"], rows)
 
 
-def block_table(cells: list[Cell], found: dict[Cell, dict[Form, float]], layers: dict) -> str:
+def block_table(found: dict[Cell, dict[Form, float]], layers: dict) -> str:
     """GPT-2's four linears together, training; the last row is the geometric mean over T and d."""
     rows = []
     for T in (256, 1024, 4096):
-        block = [cell for cell in cells if cell.training and cell[1:3] in BLOCK and cell.T == T]
+        block = [cell for cell in found if cell.counts() and cell.T == T]
         for name in list(PATTERNS)[:3] if block else []:
 
             def total(form: str, pattern: str = "", block: list[Cell] = block) -> float:
@@ -1216,6 +1237,41 @@ def block_table(cells: list[Cell], found: dict[Cell, dict[Form, float]], layers:
     means = [math.exp(statistics.mean(map(math.log, column))) if column else math.nan for column in known]
     heads = ["T", "pattern", "auto/frozen", "LoRA/frozen", "auto/LoRA", "auto/PEFT", "auto/authors", "bound/auto"]
     return markdown(heads, [[*row[:2], *map(fixed, row[2:])] for row in [*rows, ["mean", "geometric", *means]]])
+
+
+def half_table(shapes: list[tuple[int, int]], T: int, device: torch.device) -> str:
+    """bfloat16: a layer of that dtype. autocast: a float32 layer under autocast to it."""
+    rows, forms = [], ["frozen", *PATHS, "auto"]
+    for d1, d2 in shapes:
+        single, half = bench_layers(d1, d2, device), bench_layers(d1, d2, device, dtype=torch.bfloat16)
+        x, g = torch.randn(T, d2, device=device, requires_grad=True), torch.randn(T, d1, device=device)
+        y = x.detach().bfloat16().requires_grad_()
+        calls: dict[Form, Callable[[], Any]] = {}
+        for form in forms:
+            key = form, "" if form == "frozen" else "banded 16"
+            calls[form, "float32"] = call_of(single[key], x, g)
+            calls[form, "autocast"] = call_of(single[key], x, g.bfloat16(), amp=True)
+            if key in half:
+                calls[form, "bfloat16"] = call_of(half[key], y, g.bfloat16())
+        found = medians(calls, device, 1)
+        for kind in ("bfloat16", "autocast"):
+            ratios = (found.get((form, kind), math.nan) / found[form, "float32"] for form in forms)
+            rows.append([f"{d1} x {d2}", kind, str(T), *map(fixed, ratios)])
+    return markdown(["d1 x d2", "in", "T", *forms], rows)
+
+
+def svd_line(blocks: int, device: torch.device) -> str:
+    """inject against bare torch.linalg.svd in float64, in turn, on random weights of so many GPT-2 blocks."""
+    bare = ours = 0.0
+    for seed in range(blocks):
+        torch.manual_seed(seed)
+        block = nn.Sequential(*(nn.Linear(d2, d1) for d1, d2 in BLOCK)).to(device)
+        weights = [layer.weight.detach() if device.type == "cuda" else layer.weight.detach().cpu() for layer in block]
+        for W in weights:
+            bare += seconds_of(lambda W=W: torch.linalg.svd(W.double(), full_matrices=False), device)
+        ours += seconds_of(lambda block=block: svft.inject(block, ["0", "1", "2", "3"]), device)
+    count = blocks * len(BLOCK)
+    return f"inject on {count} weights of GPT-2's shapes: {ours:.1f} s, {ours / bare:.2f} times bare float64 SVDs of them"
 
 
 # ---------------------------------------------------------------- the command line
