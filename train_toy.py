@@ -1270,8 +1270,7 @@ def svd_line(blocks: int, device: torch.device) -> str:
         for W in weights:
             bare += seconds_of(lambda W=W: torch.linalg.svd(W.double(), full_matrices=False), device)
         ours += seconds_of(lambda block=block: svft.inject(block, ["0", "1", "2", "3"]), device)
-    count = blocks * len(BLOCK)
-    return f"inject on {count} weights of GPT-2's shapes: {ours:.1f} s, {ours / bare:.2f} times bare float64 SVDs of them"
+    return f"inject on {4 * blocks} weights of GPT-2's shapes: {ours:.1f} s, {ours / bare:.2f} times bare float64 SVDs"
 
 
 # ---------------------------------------------------------------- the command line
