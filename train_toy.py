@@ -747,6 +747,7 @@ class Entry(NamedTuple):
         if self.method in NAMES:
             band = svft.omega_banded(Config.width, Config.width, *(self.size if len(self.size) == 2 else (0, 0)))
             middle = svft_lr(ENTRIES if self.method in ("kept", "cut") else band.shape[1])
+            middle /= 2 if self.method in ("kept", "cut", "gradient") else 1
         else:
             first = self.size[0] if self.size else 1
             middle = {"full": 0.0025, "VeRA": 0.12, "BOFT": 0.05 / first}.get(self.method, 0.02 * first ** (-1 / 3))
@@ -1095,8 +1096,8 @@ class Cell(NamedTuple):
         every = [times.get((path, pattern), math.nan) for path in PATHS]
         return times[self.choice(layers, pattern), pattern] / (math.nan if math.isnan(sum(every)) else min(every))
 
-    def measure(self, layers: dict[Form, nn.Module], device: torch.device, whole: bool, budget: float) -> dict:
-        """Form -> median seconds. Unless whole: the paths that auto does not take with one pattern only."""
+    def calls(self, layers: dict[Form, nn.Module], device: torch.device, whole: bool) -> dict[Form, Callable]:
+        """What is to be timed. Unless whole: the paths that auto does not take with one pattern only."""
         x, g = torch.randn(self.T, self.d2, device=device), torch.randn(self.T, self.d1, device=device)
         x.requires_grad_(self.training)
 
@@ -1108,8 +1109,7 @@ class Cell(NamedTuple):
                 return self.counts() and not few and pattern != "random 16"
             return not few or form == self.choice(layers, pattern)
 
-        calls = {key: call_of(layer, x, g) for key, layer in layers.items() if wanted(*key)}
-        return medians(calls, device, budget)
+        return {key: call_of(layer, x, g) for key, layer in layers.items() if wanted(*key)}
 
 
 def call_of(layer: nn.Module, x: Tensor, g: Tensor, amp: bool = False) -> Callable[[], Any]:
@@ -1130,8 +1130,10 @@ def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) ->
     return (time.perf_counter() - start) / times
 
 
-def medians(calls: dict[Form, Callable[[], Any]], device: torch.device, budget: float) -> dict[Form, float]:
-    """Median seconds of each call over 3 to 25 rounds, as many as the budget in seconds allows.
+def medians(
+    calls: dict[Form, Callable[[], Any]], device: torch.device, budget: float, least: int = 3
+) -> dict[Form, float]:
+    """Median seconds of each call over `least` to 25 rounds, as many as the budget in seconds allows.
 
     Rounds are interleaved (A B C, A B C, ...), so that a machine that slows down slows all alike. Short calls
     are timed several at once, after a round that does not count.
@@ -1141,7 +1143,7 @@ def medians(calls: dict[Form, Callable[[], Any]], device: torch.device, budget: 
         found = {key: [seconds_of(call, device)] for key, call in calls.items()}
     times = {key: max(1, min(20, int(1e-3 / found[key][0]))) for key in calls}
     rounds = int(budget / sum(found[key][0] * times[key] for key in calls))
-    for _ in range(max(3, min(25, rounds)) - 1):
+    for _ in range(max(least, min(25, rounds)) - 1):
         for key, call in calls.items():
             found[key].append(seconds_of(call, device, times[key]))
     return {key: statistics.median(values) for key, values in found.items()}
@@ -1181,7 +1183,8 @@ def measure_grid(args: argparse.Namespace, device: torch.device, begin: float) -
         if time.perf_counter() - begin > 95 and not everything:
             break
         whole = everything or cell.size() <= 256 * 768 * 2304
-        found[cell] = cell.measure(layers[cell[1:3]], device, whole, 0.4 if args.quick else 0.7)
+        calls = cell.calls(layers[cell[1:3]], device, whole)
+        found[cell] = medians(calls, device, 0.4 if args.quick else 0.7, 5 if everything else 3)
         progress(number, lambda rate, cell=cell: f"{cell.d1} x {cell.d2}, {cell.T} tokens")
     return {cell: found[cell] for cell in cells if cell in found}, layers, len(cells) - len(found)
 
