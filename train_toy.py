@@ -939,31 +939,32 @@ def bar(outcomes: dict[Entry, Outcome], recovered: dict[Entry, list[float]]) -> 
 
 
 def plot(outcomes: dict[Entry, Outcome], recovered: dict[Entry, list[float]], stem: Path) -> str:
-    """The figure as PNG and SVG, with matplotlib where it is installed; methods differ in marker and line, too."""
+    """The figure as PNG and SVG, with matplotlib where it is installed; SVFT in black, the others in colour."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return "no plot: it needs the matplotlib package (pip install matplotlib)"
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log")
-    styles = zip("s^vDoPX*h", ["-", "--", "-.", ":", "-", "--", "-.", ":", "-"], strict=True)
-    for method in dict.fromkeys(entry.method for entry in outcomes):
+    axes.axhline(100, color="black", linewidth=0.8, label=f"full fine-tuning ({outcomes[Entry('full')].trained:,})")
+    methods = [method for method in dict.fromkeys(entry.method for entry in outcomes) if method != "full"]
+    for method, marker in zip(methods, "^vDoPsXh", strict=False):
         entries = [entry for entry in outcomes if entry.method == method]
-        marker, line = next(styles)
         axes.errorbar(
             [outcomes[entry].trained for entry in entries],
             [100 * statistics.mean(recovered[entry]) for entry in entries],
             [100 * spread(recovered[entry]) for entry in entries],
-            label=NAMES.get(method, "full fine-tuning" if method == "full" else method).removesuffix(" [1]"),
+            label=NAMES.get(method, method).removesuffix(" [1]"),
             marker=marker,
-            linestyle=line,
+            linestyle={"random": "--", "top-k": ":"}.get(method, "-"),
+            linewidth=1,
             capsize=3,
-            color="black" if method == "full" else None,
-            markerfacecolor=None if method in ("banded", "random", "plain", "top-k", "full") else "white",
+            markersize=5,
+            color="black" if method in NAMES else None,
+            markerfacecolor={"plain": "black", "banded": "black", "random": "0.6"}.get(method, "white"),
         )
-    axes.axhline(100, color="black", linewidth=0.8)
     axes.set_xlabel("trained parameters (log scale)")
     axes.set_ylabel("share of full fine-tuning's gain recovered, %")
     axes.grid(alpha=0.3)
