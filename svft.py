@@ -15,17 +15,18 @@ Paper: Lingam et al., "SVFT: Parameter-Efficient Fine-Tuning with Singular Vecto
     U          U           (d1, r1)          frozen   left singular vectors u_i, one per column
     Sigma      S           (min(r1, r2),)    frozen   singular values, largest first
     V^T        Vh          (r2, d2)          frozen   right singular vectors v_j, one per row
-    Omega      omega       (2, k) int64      fixed    positions (i, j) of the trained entries, sorted
+    Omega      omega       (2, k) int64      fixed    positions (i, j) of the k trained entries, sorted
     m_ij       m           (k,)              trained  M's entries on Omega, zero at the start
     M          M()         (r1, r2)                   the same as a dense matrix
     d          d                                      half-width of the band |i - j| <= d
-               x, T, z                                input (T, d2); its number of tokens; z = V^T x, (r2, T)
+               x, T, z                                input; its number of tokens, one per row in code, (T, d2),
+                                                      one per column in equations; z = V^T x, (r2, T)
 
 r1 = r2 = n for the thin SVD, the default; min(r, n) with rank=r; r1 = d1 and r2 = d2 for the full SVD.
 
 The product U M V^T x can be taken in two orders over one primitive, "sparse M times a dense matrix":
 
-    dense    x (W0 + U (M V^T))^T     builds a d1 x d2 update per forward, then costs what a linear layer costs
+    dense    (W0 + U (M V^T)) x       builds a d1 x d2 update per forward, then costs what a trained weight does
     gather   W0 x + U (M (V^T x))     builds no d1 x d2 matrix; Eq. (1), left
     fused    U ((Sigma + M) (V^T x))  the same with Sigma folded in, so that W0 is not read; Eq. (1), right
 
@@ -202,7 +203,7 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- Section 3.1: Omega, where M may be non-zero
-# Each returns an int64 tensor (2, k) on the CPU: row 0 the i, row 1 the j, sorted by (i, j), no pair twice.
+# Each omega_* returns an int64 tensor (2, k) on the CPU: row 0 the i, row 1 the j, sorted by (i, j), no pair twice.
 
 
 def omega_plain(r1: int, r2: int) -> Tensor:
@@ -265,6 +266,9 @@ def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
     return torch.stack([flat // Vh.shape[0], flat % Vh.shape[0]])
 
 
+# ---------------------------------------------------------------- Section 3.2: how large can rank(M) be?
+
+
 def rank_bound(omega: Tensor, shape: Sequence[int]) -> int:
     """Lemma (c): rank(Delta W) <= min(k, d1, d2), for a weight of shape (d1, d2).
 
@@ -321,9 +325,9 @@ class SVFTLinear(nn.Module):
     svd: the weight's SVD, where it is known; without it, compute_svd(weight, **svd_options).
 
     m starts at zero (D6) and passes no gate (D7). It is float32 (float64 for a float64 weight), as is S; U and
-    Vh have the weight's dtype (D12). At m = 0 dense and gather give base's output bit for bit, fused to float32
-    rounding; in float16, as long as V^T x does not overflow. A later .to(dtype) converts m too: convert first,
-    then inject. Under autocast, fused and keep_weight=False stay in the factors' own dtype (D14).
+    Vh have the weight's dtype (D12). At m = 0 dense and gather give base's output bit for bit; fused, and any path
+    without W0, to float32 rounding; in float16, as long as V^T x does not overflow. A later .to(dtype) converts m
+    too: convert first, then inject. Under autocast, fused and keep_weight=False stay in the factors' own dtype (D14).
     Raises TypeError or ValueError for a base or an argument that it cannot serve.
 
     >>> layer = SVFTLinear(nn.Linear(8, 6), "banded", d=1)
@@ -392,7 +396,7 @@ class SVFTLinear(nn.Module):
         return Y
 
     def _dense(self, x: Tensor) -> Tensor:
-        """x (W0 + U (M V^T))^T + b."""
+        """(W0 + U (M V^T)) x + b."""
         if self.weight is None:
             W = self.merged_weight()  # (d1, d2)
             return self._base_product(x, W.T if self._transposed else W)
@@ -442,7 +446,7 @@ class SVFTLinear(nn.Module):
     def _cheapest(self, T: int, low: bool) -> str:
         """The path with the fewest multiply-adds for T tokens, forward, and backward where gradients are on.
 
-        One with a sparse operand counts as 12, as it was measured to (a choice of ours, D11).
+        A multiply-add of the sparse step counts as 12, as much as it was measured to cost (a choice of ours, D11).
         """
         d1, d2, r1, r2 = self.out_features, self.in_features, self.U.shape[1], self.Vh.shape[0]
         passes, sparse = (2 if torch.is_grad_enabled() else 1), 12 * len(self.m)
@@ -485,12 +489,14 @@ class SVFTLinear(nn.Module):
         """W0 + Delta W, (d1, d2) whatever the base's layout; differentiable in m; float32 or float64."""
         if self.weight is not None:
             return self._W0() + self.delta_weight()
+        self._check_path()
         with _no_autocast(self.U):
             return self.U @ self._times(self.Vh, self.m, sigma=True)
 
     def _W0(self) -> Tensor:  # (d1, d2)
         if self.weight is not None:
             return self.weight.T if self._transposed else self.weight
+        self._check_path()
         n = len(self.S)
         with _no_autocast(self.U):
             return (self.U[:, :n] * self.S) @ self.Vh[:n]
@@ -530,7 +536,7 @@ class SVFTLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         omega = state_dict.get(prefix + "omega")
-        if prefix + "m" in state_dict and (omega is None or not torch.equal(omega.cpu(), self.omega.cpu())):
+        if prefix + "m" in state_dict if omega is None else not torch.equal(omega.cpu(), self.omega.cpu()):
             args[-1].append(f"{prefix}omega: got other positions than this layer's, or none: m would not fit")
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -635,20 +641,19 @@ def summary(model: nn.Module) -> str:
 
     The share is of the parameters that the model had without the layers' own U, S, Vh and m, as papers count it.
     """
-    rows, held = [("layer", "shape", "pattern", "k", "path", "bytes")], 0
-    for name, layer in _svft_layers(model).items():
+    rows, held, layers = [("layer", "shape", "pattern", "k", "path", "bytes")], 0, _svft_layers(model)
+    for name, layer in layers.items():
         size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
         shape = f"{layer.out_features} x {layer.in_features}"
         rows.append((name, shape, layer.pattern, f"{len(layer.m):,}", layer.path, f"{size:,}"))
         held += size
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    own = {id(p) for layer in _svft_layers(model).values() for p in (layer.U, layer.S, layer.Vh, layer.m)}
-    freed = [layer for layer in _svft_layers(model).values() if layer.weight is None]
+    own = {id(p) for layer in layers.values() for p in (layer.U, layer.S, layer.Vh, layer.m)}
     total = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    total += sum(layer.out_features * layer.in_features for layer in freed)
+    total += sum(layer.out_features * layer.in_features for layer in layers.values() if layer.weight is None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lines.append(f"{len(rows) - 1} layers, {held:,} bytes")
+    lines.append(f"{len(layers)} layers, {held:,} bytes")
     share = 100 * trained / max(total, 1)
     lines.append(f"trained: {trained:,} parameters, {share:.3f}% of the base model's {total:,}")
     return "\n".join(lines)
@@ -704,11 +709,11 @@ def save_adapter(model: nn.Module, path: StrPath, *, bases: bool = False) -> Non
         entry |= {"probes": _probes(layer.omega, m, U, Vh)}
         if bases or full:
             entry |= {"U": U, "S": S, "Vh": Vh}
-        elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):
+        elif bool((U.amax(0) < -U.amin(0)).any()):  # a u_i whose largest-magnitude entry is negative
             warnings.warn(f"layer {name!r}: no plain model will have these signs; use bases=True", stacklevel=2)
         if m.dtype in HALF:
             warnings.warn(
-                f"layer {name!r}: converted to {m.dtype} after inject: only such a one can load it", stacklevel=2
+                f"layer {name!r}: m in {m.dtype}, converted after inject: load it into a model made alike", stacklevel=2
             )
         entries[name] = entry
     if not entries:
@@ -726,9 +731,10 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     must hold the same layers with the same Omegas. Either way the saved m must give the saved Delta W on the
     bases found here: a^T Delta W b, for 16 fixed random pairs a and b, may differ by 1e-3, relatively. That
     shows another base model, a flipped sign, a rotated subspace. It cannot show a change outside the adapted
-    weights or in directions that Omega does not use, or of singular values alone, as in a base into which a plain
-    adapter was merged already. m = 0 fits every base.
-    Raises ValueError with the layer's name and the difference; OSError where the file cannot be opened.
+    weights or in directions that Omega does not use, or of singular values that stay positive and in order, as in
+    a scaled base or one into which a small plain adapter was merged already. m = 0 fits every base.
+    Raises ValueError or TypeError, naming the layer and, if that is it, the difference; OSError where the file
+    cannot be opened.
     """
     _check_unsharded(model)
     inner, entries = _unwrapped(model), _read_adapter(Path(path))
@@ -857,7 +863,6 @@ def _sha256(*parts: Any) -> str:
 
 def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
     """The modules that target_modules names (D13), in the model's order; every entry must match one."""
-    _svft_layers(model)  # is it a model?
     single = isinstance(target_modules, str)
     if not (single or isinstance(target_modules, Sequence)) or not all(isinstance(t, str) for t in target_modules):
         raise TypeError(f"target_modules: got {target_modules!r}, want a list of names, or one regular expression")
@@ -947,7 +952,7 @@ def _check_omega(omega: Tensor, r1: int | None = None, r2: int | None = None) ->
     i, j = omega
     if not bool((omega >= 0).all() & (i < (r1 or math.inf)).all() & (j < (r2 or math.inf)).all()):
         got = f"i, j from {tuple(omega.amin(1).tolist())} to {tuple(omega.amax(1).tolist())}"
-        raise ValueError(f"omega: got {got}, want them from 0 to below {r1 or 'any'} and {r2 or 'any'}")
+        raise ValueError(f"omega: got {got}, want 0 <= i < {r1 or 'any'} and 0 <= j < {r2 or 'any'}")
     flat = i * (j.max() + 1) + j
     if not bool((flat[1:] > flat[:-1]).all()):
         raise ValueError("omega: got unsorted or repeated positions, want each once, sorted by i, then j")
@@ -959,7 +964,10 @@ def _check_unsharded(module: nn.Module) -> None:
     _svft_layers(module)  # is it a module?
     fsdp = any(kind.__name__ == "FSDPModule" for m in module.modules() for kind in type(m).__mro__)
     if fsdp or any(hasattr(p, "full_tensor") for p in module.parameters()):
-        raise TypeError("model: got a sharded one, want a plain one: load before sharding; save, load plain, merge")
+        raise TypeError(
+            "model: got a sharded one, want a plain one: inject and load before sharding; "
+            "to merge, save_adapter here and load into a plain model"
+        )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -5,11 +5,13 @@ r"""The executable spec of svft.py: each test's name is a law, its docstring the
     pytest -m mutation test_svft.py                 the spec's own proof: every one-line breakage of svft.py
                                                     in the table at the end must make the test named there fail
 
-How to read a failure: hypothesis prints "Falsifying example: test_...(case=...)" with the smallest case that it
-found; the sizes and the seed in it rebuild every tensor. Paste it as @example(...) above the test to keep it.
+How to read a failure: hypothesis prints "Falsifying example: test_...(...)" with the smallest case that it found.
+Where it shows sizes and a seed, these rebuild every tensor: paste it as @example(...) above the test to keep it.
+Where it shows a layer, run the test again: the case is kept in .hypothesis and comes first.
 
 Oracles are written differently from svft.py: numpy, float64, a double loop over (i, j) for U M V^T.
-Tolerances come from the dtype's rounding and the size of what is summed (`rounding`), never from trial.
+Where a case is drawn, the tolerance comes from the dtype's rounding and the size of what is summed (`rounding`);
+a fixed case in float64 or float32 has a fixed one.
 """
 
 import contextlib
@@ -209,14 +211,6 @@ class TestSVD_Section_3_1:
         near(svd.S, np.linalg.svd(W.double().numpy(), compute_uv=False), 4 * torch.finfo(svd.S.dtype).eps * 10)
         for got, exact in zip(compute_svd(W.float(), dtype=torch.float64), compute_svd(W.double()), strict=True):
             assert torch.equal(got, exact.float())  # the float64 result, rounded once
-
-    def test_a_device_without_float64_is_served_by_the_cpu(self, monkeypatch):
-        """MPS has no float64: the weight comes to the CPU before it is cast, unless it is on CUDA."""
-        seen = []
-        real = torch.linalg.svd
-        monkeypatch.setattr(torch.linalg, "svd", lambda W, **k: seen.append((W.device.type, W.dtype)) or real(W, **k))
-        compute_svd(torch.randn(3, 2))
-        assert seen == [("cpu", torch.float64)]
 
 
 class TestOmega_Section_3_1:
@@ -828,6 +822,10 @@ class TestDtypesAndTransformations:
             layer = SVFTLinear(plain_layer(4, 4, dtype=torch.float32), **options).bfloat16()
             with pytest.raises(ValueError, match="D14"):
                 layer(torch.randn(2, 4).bfloat16())
+            if layer.weight is None:
+                for use in (layer.merge, layer.merged_weight):
+                    with pytest.raises(ValueError, match="D14"):
+                        use()
 
     @given(layer=layers())
     def test_a_copy_a_pickle_and_a_state_dict_carry_the_layer(self, layer):
@@ -848,6 +846,8 @@ class TestDtypesAndTransformations:
             layer.load_state_dict(other.state_dict())
         with pytest.raises(RuntimeError, match="omega: got other positions than this layer's, or none"):
             layer.load_state_dict({"m": other.m}, strict=False)
+        with pytest.raises(RuntimeError, match="omega: got other positions"):
+            layer.load_state_dict({"omega": other.omega}, strict=False)
         assert_untouched(layer, before)
 
     @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
@@ -895,6 +895,7 @@ class TestDtypesAndTransformations:
 
         Without a GPU torch cannot run autograd on fake "cuda" tensors; there a fake backend that torch lets
         Python register takes its place, once as itself (like MPS) and once passing for CUDA. In its own process.
+        LAPACK is given CUDA's tensors where they are, any other device's on the CPU: MPS has no float64.
         """
         done = subprocess.run([sys.executable, "-c", FAKE_DEVICES], capture_output=True, text=True, cwd=HERE)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -933,6 +934,8 @@ try:
 except RuntimeError as error:
     assert "same device" in str(error)
     print("a mix-up raises")
+real, served = torch.linalg.svd, []
+torch.linalg.svd = lambda W, **options: served.append((W.device.type, W.dtype)) or real(W, **options)
 for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
     torch.Tensor.is_cuda = property(lambda t: as_cuda and t.device.type == device)
     with Fake():
@@ -957,6 +960,8 @@ for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfl
                 assert model(tokens).device.type == device
             svft.merge(model)
             assert model.h[0].attn.c_proj.weight.device.type == device and type(model.h[0].attn.c_proj) is Conv1D
+            assert set(served) == {(device if as_cuda else "cpu", torch.float64)}
+            served.clear()
             print("a model is whole")
 """
 
@@ -1100,7 +1105,6 @@ def saved(tmp_path):
 
 class TestAdapterFile:
     @given(layer=layers(dtype=torch.float32), bases=st.booleans(), injected=st.booleans())
-    @settings(max_examples=40)
     def test_what_is_saved_is_what_is_loaded(self, tmp_path, layer, bases, injected):
         """Round trip into a plain model (which is injected) and into an injected one, for every kind of layer."""
         base = layer.base.pop()
@@ -1316,6 +1320,12 @@ class TestAdapterFile:
         flipped = randomize(nn.Sequential(SVFTLinear(with_weight(degenerate(3))[2], svd=SVD(-svd.U, svd.S, -svd.Vh))))
         with pytest.warns(UserWarning, match="layer '0': no plain model will have these signs; use bases=True"):
             svft.save_adapter(flipped, tmp_path / "a.pt")
+        half = randomize(svft.inject(nn.Sequential(plain_layer(32, 32, dtype=torch.bfloat16, seed=4)), ["0"]))
+        assert (half[0].U.amax(0) == -half[0].U.amin(0)).any()  # rounded, two entries of a u_i are the largest
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            svft.save_adapter(half, tmp_path / "a.pt")
+        svft.load_adapter(nn.Sequential(plain_layer(32, 32, dtype=torch.bfloat16, seed=4)), tmp_path / "a.pt")
         model = randomize(svft.inject(mlp(), ["0", "2"]))
         with torch.no_grad():
             model[2].m.zero_()
@@ -1785,7 +1795,7 @@ def trained_by_lora(model, modules, r):
 
 # fmt: off
 COUNTS = [
-    # table, setting, count, what the paper prints (in its own unit: a regex-free string)
+    # table, setting, count, as the paper prints it
     ("1", trained_by_svft, ("Gemma-2B", EVERY, 0), 193_536, "0.19M"),
     ("1", trained_by_svft, ("Gemma-2B", EVERY, 16), 6_352_416, "6.35M"),
     ("5", trained_by_svft, ("Gemma-2B", EVERY, 8), 3_281_040, "3.3M"),
@@ -1824,7 +1834,7 @@ SLIPS = [
 class TestTrainableParameters_Tables_1_to_10:
     @pytest.mark.parametrize("table, count, setting, want, printed", COUNTS)
     def test_a_count_of_the_paper_follows_from_shapes_alone(self, table, count, setting, want, printed):
-        """Exactly our number, which rounds (or, once or twice, truncates) to the one printed."""
+        """Exactly our number, which is within one unit of the last digit that is printed."""
         assert count(*setting) == want
         digits, unit = printed[:-1], {"M": 1e6, "K": 1e3}[printed[-1]]
         step = 10.0 ** -len(digits.partition(".")[2])
@@ -1951,9 +1961,6 @@ class TestTheOtherMethods:
         near(start, W0, 1e-12)
         trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         assert sum(p.numel() for p in trained.values()) == OTHERS[name][1](16, 10)
-        assert sum(p.numel() for p in trained.values()) == type(layer).count(
-            16, 10, *{"VeRA": (5,), "BOFT": (4, 2)}.get(name, (3,))
-        )
         layer(torch.randn(4, 10, dtype=torch.float64)).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
         assert all(p.grad is None for n, p in layer.named_parameters() if n not in trained)
@@ -1992,7 +1999,8 @@ def untrained(monkeypatch, tmp_path):
 
 class TestTheTrainingScript:
     def test_it_fine_tunes_and_says_what_it_did(self, untrained, tmp_path, capsys):
-        """The default command, a few steps of it: the loss falls, merged equals adapted, the adapter loads."""
+        """The default command, a few steps of it, or one: the loss falls, merged equals adapted, the adapter loads."""
+        assert train_toy.main(["--steps", "1", "--cache", str(untrained)]) == 0 and capsys.readouterr().out
         assert train_toy.main(["--steps", "12", "--cache", str(untrained), "--save", str(tmp_path / "a.pt")]) == 0
         said = capsys.readouterr().out
         before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+) nats per byte", said).groups())
@@ -2242,7 +2250,8 @@ MUTATIONS = [
     ("(seed + zlib.crc32(name.encode()))", "(seed + 0)", "another_omega_for_each_layer"),
     ("layer._disabled -= 1", "layer._disabled = 0", "inside_disabled"),
     ("if other != name and any(p is base.weight", "if False and any(p is base.weight", "refused_and_named"),
-    ("if prefix + \"m\" in state_dict and (", "if False and (", "another_omega_is_refused"),
+    ("if omega is None else not torch.equal(omega.cpu(), self.omega.cpu()):", "if omega is None else False:", "another_omega_is_refused"),
+    ("(weight if weight.is_cuda else weight.cpu())", "(weight)", "no_path_mixes_devices"),
     # -- files
     ("        _check_svd(svd, weight)\n        same", "        same", "damaged_or_foreign"),
     ("!= wanted or not same", "!= wanted", "damaged_or_foreign"),
@@ -2250,6 +2259,8 @@ MUTATIONS = [
     ("if not difference <= 1e-3 * norm:", "if False:", "flipped_signs_are_refused"),
     ("if svd.U.shape != layer.U.shape or svd.Vh", "if False and svd.Vh", "another_kind_of_svd"),
     ("if 0 < len(still) < len(entries):", "if False:", "saving_warns"),
+    ("elif bool((U.amax(0) < -U.amin(0)).any()):", "elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):", "saving_warns"),
+    ("        self._check_path()\n        n = len(self.S)", "        n = len(self.S)", "refuses_a_later_half"),
     ("fsdp = any(", "fsdp = False and any(", "two_processes"),
     ("content[\"sha256\"] != _sha256(content[\"layers\"])", "False", "no_whole_adapter"),
     ("        os.replace(temporary, path)\n    finally:", "        os.replace(temporary, path)\n    except OSError:", "fails_half_way"),

@@ -14,7 +14,8 @@
         What each path of svft.py costs, in times of a frozen linear layer, beside LoRA. 100 s; --quick: 13 s.
 
 Times are for 2 CPU cores (x86-64 with AVX-512) and torch 2.13. --help after a command lists its options.
-To read: Task (what is trained on), GPT2, train, finetune; then each method in 20 lines; then compare and bench.
+To read: Task (what is trained on), GPT2, train, finetune; then each method in 20 to 40 lines; then compare and bench.
+In comments on shapes, B is the number of sequences and T that of their tokens.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class Progress:
         self.start = self.last = time.perf_counter()
 
     def __call__(self, done: int, text: Callable[[float], str]) -> None:
-        """done units of the total are; text(units per second) is called only where a line is due: it may wait."""
+        """`done` units are finished. text(units per second) is called only where a line is due: it may wait for it."""
         now = time.perf_counter()
         due = now - self.last >= (0.5 if self.terminal else 15) or done == self.total
         if rank() or not self.label or not due:
@@ -283,7 +284,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Pre-norm, learned positions, output head tied to the embedding: 842,240 parameters by default."""
+    """Pre-norm, learned positions, output head tied to the embedding: 842,496 parameters by default."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -353,9 +354,9 @@ def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
     warm = max(1, round(0.1 * steps))
+    fall = max(1, steps - warm)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: (t + 1) / warm if t < warm else 0.5 + 0.5 * math.cos(math.pi * (t + 1 - warm) / (steps - warm)),
+        optimizer, lambda t: (t + 1) / warm if t < warm else 0.5 + 0.5 * math.cos(math.pi * (t + 1 - warm) / fall)
     )
     generator = torch.Generator().manual_seed(seed)
     progress, tokens = Progress(label, steps, "step"), task.batch * task.context
@@ -577,15 +578,11 @@ class Adapter(nn.Module):
 class LoRA(Adapter):
     """h = W0 x + (alpha / r) B A x + b; B = 0 at the start, alpha = 2 r."""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float | None = None) -> None:
+    def __init__(self, base: nn.Linear, r: int) -> None:
         super().__init__(base)
         self.A = self.values(r, self.d2, scale=self.d2**-0.5)  # (r, d2)
         self.B = self.values(self.d1, r)  # (d1, r)
-        self.scale = (2 * r if alpha is None else alpha) / r
-
-    @staticmethod
-    def count(d1: int, d2: int, r: int) -> int:
-        return r * (d1 + d2)
+        self.scale = 2.0  # alpha / r
 
     def update(self, x: Tensor) -> Tensor:  # (..., d2) -> (..., d1)
         return F.linear(F.linear(x, self.A) * self.scale, self.B)
@@ -604,13 +601,9 @@ class DoRA(LoRA):
     column. No gradient flows through it, which the authors of DoRA propose to save memory.
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float | None = None) -> None:
-        super().__init__(base, r, alpha)
+    def __init__(self, base: nn.Linear, r: int) -> None:
+        super().__init__(base, r)
         self.m = nn.Parameter(base.weight.detach().norm(dim=1))  # (d1,)
-
-    @staticmethod
-    def count(d1: int, d2: int, r: int) -> int:
-        return r * (d1 + d2) + d1
 
     def gain(self) -> Tensor:  # (d1,)
         return self.m / super().merged_weight().detach().norm(dim=1)
@@ -640,10 +633,6 @@ class VeRA(Adapter):
         self.L_d = nn.Parameter(self.values(r).data + 0.1)  # (r,)
         self.L_b = self.values(self.d1)  # (d1,)
 
-    @staticmethod
-    def count(d1: int, d2: int, r: int) -> int:
-        return r + d1
-
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.L_b * F.linear(self.L_d * F.linear(x, self.A), self.B)
 
@@ -655,7 +644,8 @@ class BOFT(Adapter):
     """W = R_m ... R_1 W0, each R a butterfly-permuted block-diagonal orthogonal matrix (d1, d1), blocks b x b.
 
     Each block is the Cayley transform (I + K)^-1 (I - K) of a trained skew-symmetric K, zero at the start. Factor
-    i mixes chunks of b / 2 features that lie 2^i chunks apart, so m factors mix b 2^(m-1) features.
+    i mixes chunks of b / 2 features that lie 2^i chunks apart, so m factors mix b 2^(m-1) features. In comments on
+    shapes, g = d1 / (b 2^i).
     """
 
     def __init__(self, base: nn.Linear, b: int, m: int) -> None:
@@ -664,10 +654,6 @@ class BOFT(Adapter):
             raise ValueError(f"b, m: got {b}, {m}, want b even and b 2^(m-1) to divide d1 = {self.d1}")
         self.b = b
         self.K = self.values(m, self.d1 // b, b * (b - 1) // 2)  # K's entries above the diagonal
-
-    @staticmethod
-    def count(d1: int, d2: int, b: int, m: int) -> int:
-        return m * d1 * (b - 1) // 2
 
     def blocks(self) -> Tensor:  # (m, d1 / b, b, b), orthogonal
         i, j = torch.triu_indices(self.b, self.b, 1, device=self.K.device)
@@ -860,7 +846,7 @@ class Study:
                 self.results[json.dumps(row["config"])] = row["result"]
 
     def run(self, entry: Entry, lr: float, seed: int, total: int) -> dict:
-        """trained, val, test and seconds of one run of `total`, from the file where it is there."""
+        """trained, val, test and seconds of one run, from the file if it is there; total: of runs, for the progress."""
         config = {"method": entry.method, "size": entry.size, "lr": lr, "seed": seed, **self.fixed}
         key = json.dumps(config)
         self.seen.add(key)
@@ -1045,7 +1031,7 @@ def peft_lora(base: nn.Linear) -> nn.Module:
 def bench_layers(
     d1: int, d2: int, device: torch.device, peft: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[Form, nn.Module]:
-    """Layers d2 -> d1 with one W0, which is made from its SVD, so that nobody has to wait for LAPACK."""
+    """Layers d2 -> d1 with one W0, which is made from its SVD, so that nobody has to wait for one."""
     torch.manual_seed(0)
     n = min(d1, d2)
     U, V = (torch.linalg.qr(torch.randn(d, n)).Q.to(device) for d in (d1, d2))  # (d1, n), (d2, n)
@@ -1158,7 +1144,7 @@ def bench(args: argparse.Namespace) -> None:
         if shown := {cell: times for cell, times in found.items() if cell.training == training}:
             say(f"\n{mode}, over a frozen linear's time\n\n{bench_table(shown, layers)}")
     if missed:
-        say(f"\nNo time was left for {missed} shapes and lengths more; --all measures them.")
+        say(f"\nNo time was left for {missed} more of the shapes and lengths; --all measures them.")
     over_best = [cell.over_best(layers[cell[1:3]], times, name) for cell, times in found.items() for name in PATTERNS]
     known = [value for value in over_best if value == value]
     over = f"{max(known):.2f} at worst, {sum(value > 1.1 for value in known)} over 1.10"
@@ -1300,14 +1286,18 @@ class Parser(argparse.ArgumentParser):
 
 def finetune_options(parser: Parser) -> None:
     parser.add_argument("--pattern", default="banded", choices=["plain", "banded", "random", "top_k"])
-    parser.add_argument("--d", type=number(int, 0), default=8, help="half-width of the band, or its count (8)")
+    parser.add_argument(
+        "--d", type=number(int, 0), default=8, help="half-width of the band; others take as many entries (8)"
+    )
     parser.add_argument("--steps", type=number(int, 1), default=300, help="of fine-tuning (300)")
     parser.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (by the number of entries)")
     parser.add_argument(
         "--batch", type=number(int, 1), default=8, help="sequences per step, all processes together (8)"
     )
     parser.add_argument("--context", type=number(int, 1), default=128, help="tokens per sequence (128)")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of pre-training, random entries and batches (0)"
+    )
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on for cuda)")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--base", metavar="NAME_OR_FOLDER", help="a causal language model of transformers, as gpt2")
