@@ -9,9 +9,9 @@
     python train_toy.py compare
         Figure 1 of the paper in miniature: full fine-tuning, LoRA, DoRA, VeRA, BOFT and four kinds of SVFT at several
         sizes, three seeds each, and three studies; a table, and a plot where matplotlib is installed. 35 min;
-        stop it at any time, it goes on from there. --quick is shorter.
+        stop it at any time, it goes on from there. --quick: 5 min.
     python train_toy.py bench
-        What each path of svft.py costs, in times of a frozen linear layer, beside LoRA. 100 s; --quick: 13 s.
+        What each path of svft.py costs, in times of a frozen linear layer, beside LoRA. 110 s; --quick: 13 s.
 
 Times are for 2 CPU cores (x86-64 with AVX-512) and torch 2.13. --help after a command lists its options.
 To read: Task (what is trained on), GPT2, train, finetune; then each method in 20 to 40 lines; then compare and bench.
@@ -1150,7 +1150,7 @@ def bench(args: argparse.Namespace) -> None:
     over = f"{max(known):.2f} at worst, {sum(value > 1.1 for value in known)} over 1.10"
     say(f"\n{BENCH_NOTES}\n\nauto/best, {len(known)} measured: {over}.")
     say("\nGPT-2 block, training: its four linears' times added up, auto's path for each\n")
-    say(block_table(found, layers))
+    say(f"{block_table(found, layers)}\n\n{storage_line(layers)}")
     if not args.quick:
         say("\nHalf precision, training, banded 16: each form's time over its own in float32\n")
         say(half_table([(768, 768), (3072, 768)], 1024, device))
@@ -1227,6 +1227,17 @@ def block_table(found: dict[Cell, dict[Form, float]], layers: dict) -> str:
     means = [math.exp(statistics.mean(map(math.log, column))) if column else math.nan for column in known]
     heads = ["T", "pattern", "auto/frozen", "LoRA/frozen", "auto/LoRA", "auto/PEFT", "auto/authors", "bound/auto"]
     return markdown(heads, [[*row[:2], *map(fixed, row[2:])] for row in [*rows, ["mean", "geometric", *means]]])
+
+
+def storage_line(layers: dict) -> str:
+    """What the block's layers hold besides m (W0, U, S, V^T, Omega, biases) over what W0 takes."""
+    kept = []
+    for name in PATTERNS:
+        block = [layers[shape]["auto", name] for shape in BLOCK]
+        tensors = [t for layer in block for t in (*layer.parameters(), *layer.buffers()) if t is not layer.m]
+        held, W0 = (sum(t.numel() * t.element_size() for t in ts) for ts in (tensors, [a.weight for a in block]))
+        kept.append(f"{name} {held / W0:.2f} ({held / W0 - 1:.2f})")
+    return f"Its frozen storage over W0's, in brackets without W0: {', '.join(kept)}."
 
 
 def half_table(shapes: list[tuple[int, int]], T: int, device: torch.device) -> str:
