@@ -39,8 +39,9 @@ Use:
     svft.load_adapter(fresh_model, "adapter.pt", cache_dir="svd")    # refuses a base that does not fit
     svft.merge(model)                                                # plain layers again
 
-What it does not do: quantised weights, convolutions, embeddings, several adapters on one layer, injection into
-weights that are sharded already. A tag such as D3 names a row of the deviations table in paper_notes.md.
+What it does not do: quantised weights, convolutions, embeddings, several adapters on one layer, second and
+forward-mode derivatives, injection into weights that are sharded already. A tag such as D3 names a row of the
+deviations table in paper_notes.md.
 """
 
 from __future__ import annotations
@@ -426,6 +427,8 @@ class SVFTLinear(nn.Module):
         """x (..., d2) -> h (..., d1), in the base layer's dtype, or autocast's."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got shape {tuple(x.shape)}, want (..., {self.in_features})")
+        if self._disabled and self.weight is not None:
+            return self._base_product(x, self.weight)
         self._check_path()
         autocast = None if self.U.dtype == torch.float64 else _autocast_dtype(x)
         if autocast is not None and (self.path == "fused" or self.weight is None):
@@ -436,8 +439,6 @@ class SVFTLinear(nn.Module):
         if T == 0:  # embedding_bag refuses a Z without columns
             path = "dense"
         elif self._disabled:
-            if self.weight is not None:
-                return self._base_product(x, self.weight)
             return self._fused(x, torch.zeros_like(self.m))
         if path == "dense":
             return self._dense(x)
@@ -470,7 +471,7 @@ class SVFTLinear(nn.Module):
             raise ValueError(f"{got}, want 'auto', 'dense' or 'fused': there is no W0")
         if (self.path == "fused" or self.weight is None) and not self._fits:
             n = min(self.out_features, self.in_features)
-            why = f"{self.U.dtype} factors, {len(self.S)} of {n}, would change W0 (D8, D14)"
+            why = f"{self.U.dtype} factors, {len(self.S)} of {n}, would change W0 (D8, D14); convert, then inject"
             raise ValueError(f"{got}, want W0 kept and 'auto', 'dense' or 'gather': {why}")
 
     def M(self) -> Tensor:
@@ -504,9 +505,10 @@ class SVFTLinear(nn.Module):
     def check_rank(self) -> tuple[int, int, int]:
         """(rank, term rank, bound): rank(Delta W) = rank(M) <= term_rank(omega) <= min(k, d1, d2), lemma (c).
 
-        The rank is numerical, in float64. Raises RuntimeError unless the three ascend.
+        The rank is numerical, in float64. Raises RuntimeError unless the three ascend, ValueError for NaN or inf.
         """
         _check_unsharded(self)
+        _check_finite("m", self.m)
         rank = int(torch.linalg.matrix_rank(self.M().detach().cpu().double()))
         found = rank, term_rank(self.omega), rank_bound(self.omega, (self.out_features, self.in_features))
         if not found[0] <= found[1] <= found[2]:
@@ -523,8 +525,7 @@ class SVFTLinear(nn.Module):
         _check_unsharded(self)
         W0, delta = self._W0(), self.delta_weight()  # (d1, d2)
         W = (W0 + delta).to(self.U.dtype)  # (d1, d2)
-        if not bool(torch.isfinite(self.m).all()) or not bool(torch.isfinite(W).all()):
-            raise ValueError("m: got NaN or inf in it or in the merged weight, want finite values")
+        _check_finite("m", self.m), _check_finite("merged weight", W)
         lost = float((W.to(delta.dtype) - W0 - delta).norm() / delta.norm())  # NaN at m = 0
         if lost > 0.1:
             warnings.warn(f"merge {name!r}: rounding to {W.dtype} loses {lost:.0%} of the update", stacklevel=2)
@@ -535,9 +536,12 @@ class SVFTLinear(nn.Module):
         return layer.train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        omega = state_dict.get(prefix + "omega")
+        omega, errors = state_dict.get(prefix + "omega"), args[-1]
+        bases = [prefix + name in state_dict for name in ("weight", "U", "S", "Vh") if getattr(self, name) is not None]
         if prefix + "m" in state_dict if omega is None else not torch.equal(omega.cpu(), self.omega.cpu()):
-            args[-1].append(f"{prefix}omega: got other positions than this layer's, or none: m would not fit")
+            errors.append(f"{prefix}omega: got other positions than this layer's, or none: m would not fit")
+        elif any(bases) and not all(bases):
+            errors.append(f"{prefix}weight: got some of W0 and its factors, want all or none: load a base, then inject")
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -701,15 +705,16 @@ def save_adapter(model: nn.Module, path: StrPath, *, bases: bool = False) -> Non
     entries = {}
     for name, layer in _svft_layers(_unwrapped(model)).items():
         U, S, Vh, m = (_whole(t) for t in (layer.U, layer.S, layer.Vh, layer.m))
-        if not bool(torch.isfinite(m).all()):
-            raise ValueError(f"layer {name!r}: m: got NaN or inf in it, want finite values")
+        with _naming(name):
+            _check_finite("m", m)
         full, n = U.shape[1] != Vh.shape[0], min(U.shape[0], Vh.shape[1])
+        negative, (i, j) = U.amax(0) < -U.amin(0), layer.omega.cpu()  # (r1,): is u_i's largest-magnitude entry so?
         entry = {"shape": (U.shape[0], Vh.shape[1]), "omega": layer.omega.cpu(), "m": m}
         entry |= {"rank": len(S) if len(S) < n else None, "full_matrices": full, "svd_dtype": str(layer.svd_dtype)}
         entry |= {"probes": _probes(layer.omega, m, U, Vh)}
         if bases or full:
             entry |= {"U": U, "S": S, "Vh": Vh}
-        elif bool((U.amax(0) < -U.amin(0)).any()):  # a u_i whose largest-magnitude entry is negative
+        elif bool((negative[i] != negative[j]).any()):  # with canonical signs, this m_ij would be the negative
             warnings.warn(f"layer {name!r}: no plain model will have these signs; use bases=True", stacklevel=2)
         if m.dtype in HALF:
             warnings.warn(
@@ -930,8 +935,12 @@ def _check_weight(weight: Tensor) -> None:
     if weight.is_meta or not weight.numel():
         got = "a meta tensor" if weight.is_meta else "an empty tensor"
         raise ValueError(f"weight: got {got} of shape {tuple(weight.shape)}, want one that holds values")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("weight: got NaN or inf in it, want finite values")
+    _check_finite("weight", weight)
+
+
+def _check_finite(name: str, t: Tensor) -> None:
+    if not bool(torch.isfinite(t).all()):
+        raise ValueError(f"{name}: got NaN or inf in it, want finite values")
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:

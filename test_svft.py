@@ -624,7 +624,7 @@ class TestMerge:
         with torch.no_grad():
             model[4].m[0] = bad
         before = snapshot(model)
-        with pytest.raises(ValueError, match="layer '4': m: got NaN or inf"):
+        with pytest.raises(ValueError, match="layer '4': (m|merged weight): got NaN or inf"):
             svft.merge(model)
         assert isinstance(model[0], SVFTLinear) and all(
             torch.equal(p, before[1][n][2]) or n == "4.m" for n, p in model.named_parameters()
@@ -826,6 +826,9 @@ class TestDtypesAndTransformations:
                 for use in (layer.merge, layer.merged_weight):
                     with pytest.raises(ValueError, match="D14"):
                         use()
+            else:
+                with svft.disabled(layer):
+                    assert torch.equal(layer(torch.ones(2, 4).bfloat16()), layer.merge()(torch.ones(2, 4).bfloat16()))
 
     @given(layer=layers())
     def test_a_copy_a_pickle_and_a_state_dict_carry_the_layer(self, layer):
@@ -838,7 +841,10 @@ class TestDtypesAndTransformations:
             assert torch.equal(other(x), layer(x)) and other.m is not layer.m
 
     def test_a_state_dict_of_another_omega_is_refused_whole(self):
-        """m is a list of numbers: with other positions of the same count it would load, and mean something else."""
+        """m is a list of numbers: with other positions of the same count it would load, and mean something else.
+
+        So is W0 without its factors, or one of them alone: paths that read the one or the other would disagree.
+        """
         layer, other = (SVFTLinear(plain_layer(6, 6), "random", k=9, seed=s) for s in (0, 1))
         randomize(layer), randomize(other)
         before = snapshot(layer)
@@ -848,6 +854,9 @@ class TestDtypesAndTransformations:
             layer.load_state_dict({"m": other.m}, strict=False)
         with pytest.raises(RuntimeError, match="omega: got other positions"):
             layer.load_state_dict({"omega": other.omega}, strict=False)
+        for part in ("weight", "U", "S"):
+            with pytest.raises(RuntimeError, match="weight: got some of W0 and its factors, want all or none"):
+                layer.load_state_dict({part: getattr(other, part)}, strict=False)
         assert_untouched(layer, before)
 
     @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
@@ -1317,9 +1326,18 @@ class TestAdapterFile:
     def test_saving_warns_of_what_will_not_come_back_or_was_never_trained(self, tmp_path):
         """Signs that compute_svd would not give; an m that stayed zero while others moved (a weight read past forward)."""
         svd = compute_svd(degenerate(3))
-        flipped = randomize(nn.Sequential(SVFTLinear(with_weight(degenerate(3))[2], svd=SVD(-svd.U, svd.S, -svd.Vh))))
+
+        def flipped(pattern, signs):
+            svd_of = SVD(svd.U * signs, svd.S, svd.Vh * signs[:, None])
+            return randomize(nn.Sequential(SVFTLinear(with_weight(degenerate(3))[2], pattern, svd=svd_of)))
+
+        one = torch.where(torch.arange(len(svd.S)) == 1, -1.0, 1.0)
         with pytest.warns(UserWarning, match="layer '0': no plain model will have these signs; use bases=True"):
-            svft.save_adapter(flipped, tmp_path / "a.pt")
+            svft.save_adapter(flipped("banded", one), tmp_path / "a.pt")
+        with warnings.catch_warnings():  # m_ij changes its sign with u_i and once more with v_j
+            warnings.simplefilter("error")
+            svft.save_adapter(flipped("plain", one), tmp_path / "a.pt")
+            svft.save_adapter(flipped("banded", -torch.ones_like(one)), tmp_path / "a.pt")
         half = randomize(svft.inject(nn.Sequential(plain_layer(32, 32, dtype=torch.bfloat16, seed=4)), ["0"]))
         assert (half[0].U.amax(0) == -half[0].U.amin(0)).any()  # rounded, two entries of a u_i are the largest
         with warnings.catch_warnings():
@@ -2117,7 +2135,7 @@ class TestTheTrainingScript:
         first = capsys.readouterr().out
         assert first.count("validation loss") == 6 and "recovered, %" in first and "The bar as a whole" in first
         with open(tmp_path / "out" / "runs.jsonl", "a") as file:
-            file.write('{"config": {"meth')
+            file.write('{"config": {"a": 1}, "result": {}}\nrubbish\n{"config": {"meth')
         assert train_toy.main(arguments) == 0
         second = capsys.readouterr().out
         assert "validation loss" not in second and second.strip() in first
@@ -2259,7 +2277,8 @@ MUTATIONS = [
     ("if not difference <= 1e-3 * norm:", "if False:", "flipped_signs_are_refused"),
     ("if svd.U.shape != layer.U.shape or svd.Vh", "if False and svd.Vh", "another_kind_of_svd"),
     ("if 0 < len(still) < len(entries):", "if False:", "saving_warns"),
-    ("elif bool((U.amax(0) < -U.amin(0)).any()):", "elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):", "saving_warns"),
+    ("elif bool((negative[i] != negative[j]).any()):", "elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):", "saving_warns"),
+    ("elif any(bases) and not all(bases):", "elif False:", "another_omega_is_refused"),
     ("        self._check_path()\n        n = len(self.S)", "        n = len(self.S)", "refuses_a_later_half"),
     ("fsdp = any(", "fsdp = False and any(", "two_processes"),
     ("content[\"sha256\"] != _sha256(content[\"layers\"])", "False", "no_whole_adapter"),

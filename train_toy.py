@@ -397,6 +397,8 @@ def read_cache(file: Path, device: torch.device) -> GPT2 | None:
         return model
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise UserError(f"--cache: got {str(file.parent)!r}, want a folder") from None
     except Exception:  # whatever torch.load makes of a short or foreign file
         say(f"{file} is damaged and will be made again")
         return None
@@ -840,9 +842,10 @@ class Study:
         self.fixed["device"] = task.device.type
         self.results: dict[str, dict] = {}
         self.seen: set[str] = set()
-        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+        for line in self.file.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that Ctrl-C cut short
                 row = json.loads(line)
+                [float(row["result"][name]) for name in ("trained", "val", "test", "seconds")]  # are they there?
                 self.results[json.dumps(row["config"])] = row["result"]
 
     def run(self, entry: Entry, lr: float, seed: int, total: int) -> dict:
@@ -861,7 +864,7 @@ class Study:
         with open(self.file, "a") as file:  # on a line of its own, whatever the one before looks like
             file.write("\n" + json.dumps({"config": config, "result": result}) + "\n")
         self.results[key] = result
-        left = (total - len(self.seen)) * statistics.mean(r["seconds"] for r in self.results.values())
+        left = (total - len(self.seen)) * statistics.mean(self.results[key]["seconds"] for key in self.seen)
         say(
             f"[{len(self.seen)}/{total}] {entry.label()}, lr {lr:.3g}, seed {seed}: validation loss "
             f"{result['val']:.3f}, {result['seconds']:.1f} s; {clock(left)} left"
@@ -895,8 +898,10 @@ def results_table(entries: list[Entry], outcomes: dict[Entry, Outcome], recovere
     rows = []
     for entry in entries:
         lr, trained, test = outcomes[entry]
-        share = f"{100 * statistics.mean(recovered[entry]):.1f} +- {100 * spread(recovered[entry]):.1f}"
-        loss = f"{statistics.mean(test):.4f} +- {spread(test):.4f}"
+        share = f"{100 * statistics.mean(recovered[entry]):.1f}"
+        loss = f"{statistics.mean(test):.4f}"
+        if len(test) > 1:
+            share, loss = f"{share} +- {100 * spread(recovered[entry]):.1f}", f"{loss} +- {spread(test):.4f}"
         parameters = f"{trained:,}", f"{100 * trained / total:.2f}"
         rows.append([NAMES.get(entry.method, entry.method), entry.setting(), *parameters, lr, loss, share])
     heads = ["method", "size", "trained", "% of model", "lr", "test loss, nats/byte", "recovered, %"]
@@ -967,18 +972,19 @@ def compare(args: argparse.Namespace) -> None:
     task = make_task(read_topics(), "pydoc_data.topics", BYTES, settings, device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        open(args.out / "runs.jsonl", "a").close()
     except OSError as error:
-        raise UserError(f"--out: cannot make the folder {args.out}: {error}") from None
+        raise UserError(f"--out: cannot write in the folder {args.out}: {error}") from None
     args.steps, args.seeds = args.steps or (100 if args.quick else 120), args.seeds or (2 if args.quick else 3)
     base = pretrained(args.cache, device)
     figure, studies = (QUICK, {}) if args.quick else (FIGURE, STUDIES)
     entries = list(dict.fromkeys([*figure, *(entry for rows in studies.values() for entry in rows)]))
     study = Study(base, task, args)
     total = sum(len(entry.rates(args.quick)) + args.seeds - 1 for entry in entries)
-    outcomes = {entry: study.best(entry, total) for entry in entries}
-    start, goal = evaluate(base, task.test, task), statistics.mean(outcomes[Entry("full")].test)
+    start, goal = evaluate(base, task.test, task), statistics.mean(study.best(Entry("full"), total).test)
     if not goal < start:
         raise UserError(f"--steps: got {args.steps}, want more: full fine-tuning gained nothing to compare with")
+    outcomes = {entry: study.best(entry, total) for entry in entries}
     recovered = {entry: [(start - loss) / (start - goal) for loss in o.test] for entry, o in outcomes.items()}
     size = sum(p.numel() for p in base.parameters())
     drawn = {entry: outcomes[entry] for entry in figure}
@@ -1327,8 +1333,9 @@ def compare_options(parser: Parser) -> None:
 
 
 def bench_options(parser: Parser) -> None:
-    parser.add_argument("--quick", action="store_true", help="GPT-2's shapes at one length")
-    parser.add_argument("--all", action="store_true", help="the whole grid on the CPU too, however long it takes")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="GPT-2's shapes at one length")
+    extent.add_argument("--all", action="store_true", help="the whole grid on the CPU too, however long it takes")
     parser.add_argument("--peft", action="store_true", help="time the LoRA of the peft package too")
 
 
