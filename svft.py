@@ -471,8 +471,9 @@ class SVFTLinear(nn.Module):
             raise ValueError(f"{got}, want 'auto', 'dense' or 'fused': there is no W0")
         if (self.path == "fused" or self.weight is None) and not self._fits:
             n = min(self.out_features, self.in_features)
-            why = f"{self.U.dtype} factors, {len(self.S)} of {n}, would change W0 (D8, D14); convert, then inject"
-            raise ValueError(f"{got}, want W0 kept and 'auto', 'dense' or 'gather': {why}")
+            why = f"{self.U.dtype} factors, {len(self.S)} of {n}, would change W0 (D8, D14)"
+            hint = "convert before inject, or after merge"
+            raise ValueError(f"{got}, want W0 kept and 'auto', 'dense' or 'gather' ({hint}): {why}")
 
     def M(self) -> Tensor:
         """M as a dense matrix (r1, r2), zero outside Omega; differentiable in m; float32 or float64."""
@@ -537,13 +538,17 @@ class SVFTLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         omega, errors = state_dict.get(prefix + "omega"), args[-1]
-        bases = [prefix + name in state_dict for name in ("weight", "U", "S", "Vh") if getattr(self, name) is not None]
+        bases = {name: state_dict[prefix + name] for name in ("weight", "U", "S", "Vh") if prefix + name in state_dict}
         if prefix + "m" in state_dict if omega is None else not torch.equal(omega.cpu(), self.omega.cpu()):
             errors.append(f"{prefix}omega: got other positions than this layer's, or none: m would not fit")
-        elif any(bases) and not all(bases):
+        elif len(bases) < 3 + (self.weight is not None) and not all(self._holds(*item) for item in bases.items()):
             errors.append(f"{prefix}weight: got some of W0 and its factors, want all or none: load a base, then inject")
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _holds(self, name: str, value: Tensor) -> bool:  # a part of a checkpoint in several files may well be the same
+        own = getattr(self, name)
+        return own is not None and torch.equal(_whole(own), _whole(value).to(own.dtype))
 
     def __setstate__(self, state: dict) -> None:  # of a copy or a pickle, which no disabled() block holds
         super().__setstate__({**state, "_disabled": 0})
@@ -624,7 +629,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside `with disabled(model):` every SVFTLinear computes W0 x; blocks may nest.
+    """Inside `with disabled(model):` every SVFTLinear computes W0 x, as its base does where W0 is kept; blocks nest.
 
     >>> model = inject(nn.Sequential(nn.Linear(4, 4)), ["0"])
     >>> with disabled(model):

@@ -19,6 +19,7 @@ import copy
 import doctest
 import inspect
 import io
+import json
 import logging
 import math
 import os
@@ -617,15 +618,18 @@ class TestMerge:
             randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.float32)), 1e-4).merge()
             SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)).merge()  # m = 0: nothing to lose
 
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
-    def test_a_model_with_a_bad_m_is_refused_and_left_alone(self, bad):
+    @pytest.mark.parametrize("bad, named", [(math.nan, "m"), (math.inf, "m"), (1e38, "merged weight")])
+    def test_a_model_with_a_bad_m_is_refused_and_left_alone(self, bad, named):
         """NaN, inf, or an overflow when rounded: the error names the layer and nothing is merged."""
         model = randomize(svft.inject(mlp(dtype=torch.float16), ["0", "2", "4"]))
         with torch.no_grad():
             model[4].m[0] = bad
         before = snapshot(model)
-        with pytest.raises(ValueError, match="layer '4': (m|merged weight): got NaN or inf"):
+        with pytest.raises(ValueError, match=f"layer '4': {named}: got NaN or inf"):
             svft.merge(model)
+        if named == "m":
+            with pytest.raises(ValueError, match="m: got NaN or inf"):
+                model[4].check_rank()
         assert isinstance(model[0], SVFTLinear) and all(
             torch.equal(p, before[1][n][2]) or n == "4.m" for n, p in model.named_parameters()
         )
@@ -856,8 +860,14 @@ class TestDtypesAndTransformations:
             layer.load_state_dict({"omega": other.omega}, strict=False)
         for part in ("weight", "U", "S"):
             with pytest.raises(RuntimeError, match="weight: got some of W0 and its factors, want all or none"):
-                layer.load_state_dict({part: getattr(other, part)}, strict=False)
+                layer.load_state_dict({part: getattr(other, part) + 1}, strict=False)
         assert_untouched(layer, before)
+        freed = SVFTLinear(plain_layer(6, 6), keep_weight=False)
+        with pytest.raises(RuntimeError, match="weight: got some of W0 and its factors, want all or none"):
+            freed.load_state_dict(plain_layer(6, 6, seed=1).state_dict(), strict=False)
+        parts = list(layer.state_dict().items())
+        for file in (parts[:2], parts[2:]):  # a checkpoint of this layer in two files
+            layer.load_state_dict(dict(file), strict=False)
 
     @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
     def test_a_whole_model_compiles_without_a_graph_break(self, path):
@@ -2134,8 +2144,9 @@ class TestTheTrainingScript:
         assert train_toy.main(arguments) == 0
         first = capsys.readouterr().out
         assert first.count("validation loss") == 6 and "recovered, %" in first and "The bar as a whole" in first
+        run = json.loads((tmp_path / "out" / "runs.jsonl").read_text().splitlines()[1])
         with open(tmp_path / "out" / "runs.jsonl", "a") as file:
-            file.write('{"config": {"a": 1}, "result": {}}\nrubbish\n{"config": {"meth')
+            file.write(json.dumps({**run, "result": {}}) + '\nrubbish\n{"config": {"meth')
         assert train_toy.main(arguments) == 0
         second = capsys.readouterr().out
         assert "validation loss" not in second and second.strip() in first
@@ -2278,7 +2289,8 @@ MUTATIONS = [
     ("if svd.U.shape != layer.U.shape or svd.Vh", "if False and svd.Vh", "another_kind_of_svd"),
     ("if 0 < len(still) < len(entries):", "if False:", "saving_warns"),
     ("elif bool((negative[i] != negative[j]).any()):", "elif not torch.equal(U, _canonical(SVD(U, S, Vh)).U):", "saving_warns"),
-    ("elif any(bases) and not all(bases):", "elif False:", "another_omega_is_refused"),
+    ("elif len(bases) < 3 + (self.weight is not None) and", "elif False and", "another_omega_is_refused"),
+    ("_check_finite(\"m\", self.m), _check_finite(", "_check_finite(", "bad_m_is_refused"),
     ("        self._check_path()\n        n = len(self.S)", "        n = len(self.S)", "refuses_a_later_half"),
     ("fsdp = any(", "fsdp = False and any(", "two_processes"),
     ("content[\"sha256\"] != _sha256(content[\"layers\"])", "False", "no_whole_adapter"),
