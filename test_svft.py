@@ -2158,9 +2158,10 @@ class TestTheTrainingScript:
         said = capsys.readouterr().out
         words = ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__)
         assert all(word in said for word in words)
-        rows = train_toy.half_table([(32, 16)], 8, torch.device("cpu")).splitlines()
+        cpu = torch.device("cpu")
+        rows = train_toy.half_table({(32, 16): train_toy.bench_layers(32, 16, cpu)}, 8, cpu).splitlines()
         assert rows[2].count("-") == 1 and rows[3].count("-") == 0  # fused is for float32 factors alone
-        assert "inject on 4 weights" in train_toy.svd_line(1, torch.device("cpu"))
+        assert "inject on 4 weights" in train_toy.svd_line(1, cpu)
 
 
 # ---------------------------------------------------------------- the documents

@@ -3,7 +3,7 @@
     python train_toy.py
         Pre-trains a small GPT-2 (842,496 parameters, bytes as tokens) on the source of Python's standard library,
         keeps it in .svft_cache, and fine-tunes it with SVFT on the prose of Python's language reference. The loss on
-        held-out prose falls by about 0.29 nats per byte with 4% of the parameters. 2 min 20 s the first time, 30 s
+        held-out prose falls by about 0.29 nats per byte with 4% of the parameters. Two minutes the first time, 30 s
         after that. --base gpt2 fine-tunes the real one, or any causal language model of transformers.
         `torchrun --nproc_per_node=2 train_toy.py` trains on two GPUs, or in two processes on the CPU.
     python train_toy.py compare
@@ -1159,7 +1159,7 @@ def bench(args: argparse.Namespace) -> None:
     say(f"{block_table(found, layers)}\n\n{storage_line(layers)}")
     if not args.quick:
         say("\nHalf precision, training, banded 16: each form's time over its own in float32\n")
-        say(half_table([(768, 768), (3072, 768)], 1024, device))
+        say(half_table({shape: layers[shape] for shape in ((768, 768), (3072, 768))}, 1024, device))
         say(f"\n{svd_line(12 if args.all else 1, device)}")
     say(f"\n{machine(device)}; {time.perf_counter() - begin:.0f} s")
 
@@ -1246,11 +1246,11 @@ def storage_line(layers: dict) -> str:
     return f"Its frozen storage over W0's, in brackets without W0: {', '.join(kept)}."
 
 
-def half_table(shapes: list[tuple[int, int]], T: int, device: torch.device) -> str:
-    """bfloat16: a layer of that dtype. autocast: a float32 layer under autocast to it."""
+def half_table(layers: dict, T: int, device: torch.device) -> str:
+    """bfloat16: a layer of that dtype. autocast: one of layers, float32, under autocast to it."""
     rows, forms = [], ["frozen", *PATHS, "auto"]
-    for d1, d2 in shapes:
-        single, half = bench_layers(d1, d2, device), bench_layers(d1, d2, device, dtype=torch.bfloat16)
+    for (d1, d2), single in layers.items():
+        half = bench_layers(d1, d2, device, dtype=torch.bfloat16)
         x, g = torch.randn(T, d2, device=device, requires_grad=True), torch.randn(T, d1, device=device)
         y = x.detach().bfloat16().requires_grad_()
         calls: dict[Form, Callable[[], Any]] = {}
