@@ -265,7 +265,9 @@ class SVFTLinear(nn.Module):
         self.Vh = frozen(svd[2].contiguous(), W0.dtype)  # (r2, d2)
         self.m = nn.Parameter(torch.zeros(omega.shape[1], dtype=wide, device=W0.device))  # (k,)
         self.register_buffer("omega", omega.to(W0.device, copy=True, memory_format=torch.contiguous_format))  # (2, k)
-        self.pattern = "custom" if not isinstance(pattern, str) else f"banded d={d}" if pattern == "banded" else pattern
+        self.pattern = pattern if isinstance(pattern, str) else "custom"  # for tables
+        if self.pattern == "banded":
+            self.pattern += f" d={d}"
         self.path = path
         self._base_type = type(base)
         self._transposed = type(base) is not nn.Linear
@@ -299,9 +301,8 @@ class SVFTLinear(nn.Module):
         y = self._M_times(z, add_sigma=path == "fused").to(z.dtype)  # (r1, T)
         if path == "fused":
             return F.linear(y.T, self.U, self.bias).view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self._turned(self.weight), self.bias) + (y.T @ self.U.T).view(
-            *x.shape[:-1], self.out_features
-        )
+        h = F.linear(x, self._turned(self.weight), self.bias)
+        return h + (y.T @ self.U.T).view_as(h)
 
     def _turned(self, W: Tensor) -> Tensor:  # (d1, d2) from the base's layout, or into it
         return W.T if self._transposed else W

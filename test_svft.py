@@ -14,6 +14,7 @@ Where a case is drawn, the tolerance comes from the dtype's rounding and the siz
 a fixed case in float64 or float32 has a fixed one.
 """
 
+import base64
 import contextlib
 import copy
 import doctest
@@ -28,8 +29,11 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 import weakref
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +214,22 @@ class TestSVD_Section_3_1:
         svd = compute_svd(W)
         assert {t.dtype for t in svd} == {torch.float64 if dtype == torch.float64 else torch.float32}
         near(svd.S, np.linalg.svd(W.double().numpy(), compute_uv=False), 4 * torch.finfo(svd.S.dtype).eps * 10)
-        for got, exact in zip(compute_svd(W.float(), dtype=torch.float64), compute_svd(W.double()), strict=True):
+        for got, exact in zip(compute_svd(W.float()), compute_svd(W.double()), strict=True):
             assert torch.equal(got, exact.float())  # the float64 result, rounded once
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e20, 1e30], ids="{:g}".format)
+    def test_a_weights_scale_does_not_matter(self, scale):
+        """c W0 has the factors of W0 and c Sigma; its own SVD is accepted, that of another weight is refused."""
+        W, other = (torch.randn(6, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+        svd, scaled = compute_svd(W), compute_svd(W * scale)
+        near(scaled.U, svd.U, 1e-5)
+        near(scaled.S / scale, svd.S, 1e-5)
+        base = plain_layer(6, 4, dtype=torch.float32)
+        base.weight.data = W * scale
+        layer = randomize(SVFTLinear(base, svd=scaled), scale)
+        near(layer.merge().weight / scale, (W + svd.U @ (layer.M() / scale) @ svd.Vh).detach(), 1e-5)
+        with pytest.raises(ValueError, match="svd: got factors"):
+            SVFTLinear(base, svd=compute_svd(other * scale))
 
 
 class TestOmega_Section_3_1:
@@ -284,7 +302,7 @@ class TestOmega_Section_3_1:
 
     def test_top_k_of_a_rectangular_weight_is_refused_with_the_reason(self):
         """u_i has d1 entries and v_j has d2: there is no u_i . v_j unless d1 = d2 (D5)."""
-        with pytest.raises(ValueError, match=r"(?s)7 x 5.*square.*'banded' or 'random'"):
+        with pytest.raises(ValueError, match=r"7 x 5.*want d1 = d2.*'banded' or 'random'"):
             SVFTLinear(plain_layer(7, 5), "top_k")
 
     @pytest.mark.parametrize("pattern", ["random", "top_k"])
@@ -310,6 +328,49 @@ class TestOmega_Section_3_1:
 
 
 # ---------------------------------------------------------------- Eq. (1) and Eq. (2)
+
+
+# fmt: off
+H200 = [  # one NVIDIA H200, torch 2.11.0+cu130, 2026-11-26, banded d = 2: dtype (float32 without TF32, or bfloat16), d1, d2,
+    # tokens, training or not; then milliseconds (of the kernels, of the wall) for dense, gather, fused
+    ("half", 768, 768, 1024, 1, (0.051, 0.622), (0.060, 0.710), (0.055, 0.714)),
+    ("half", 3072, 768, 1024, 1, (0.079, 0.843), (0.088, 0.900), (0.072, 0.857)),
+    ("half", 768, 3072, 1024, 1, (0.085, 0.787), (0.087, 0.878), (0.067, 0.876)),
+    ("half", 2304, 768, 1024, 1, (0.070, 0.826), (0.081, 0.943), (0.067, 0.885)),
+    ("half", 4096, 4096, 1024, 1, (0.978, 1.090), (0.561, 0.942), (0.536, 0.996)),
+    ("half", 14336, 4096, 1024, 1, (2.214, 2.442), (0.995, 1.180), (0.777, 0.995)),
+    ("full", 768, 768, 1024, 1, (0.264, 0.914), (0.358, 1.002), (0.280, 0.904)),
+    ("full", 3072, 768, 1024, 1, (0.650, 0.868), (0.706, 0.954), (0.463, 0.904)),
+    ("full", 768, 3072, 1024, 1, (0.810, 0.939), (0.738, 0.978), (0.442, 0.881)),
+    ("full", 2304, 768, 1024, 1, (0.521, 0.741), (0.606, 0.946), (0.406, 0.841)),
+    ("half", 768, 768, 8192, 1, (0.098, 0.792), (0.191, 0.890), (0.161, 0.954)),
+    ("half", 3072, 768, 8192, 1, (0.220, 0.865), (0.376, 0.908), (0.291, 0.908)),
+    ("half", 768, 3072, 8192, 1, (0.224, 0.819), (0.375, 0.906), (0.238, 0.821)),
+    ("half", 2304, 768, 8192, 1, (0.181, 0.905), (0.315, 0.955), (0.244, 0.843)),
+    ("half", 4096, 4096, 8192, 1, (1.871, 2.022), (3.258, 3.485), (2.627, 2.913)),
+    ("half", 14336, 4096, 8192, 1, (5.372, 5.734), (6.919, 7.373), (4.640, 5.072)),
+    ("full", 768, 768, 8192, 1, (0.793, 0.955), (2.009, 2.337), (1.558, 1.720)),
+    ("full", 3072, 768, 8192, 1, (2.691, 2.960), (4.463, 4.714), (2.817, 3.174)),
+    ("full", 768, 3072, 8192, 1, (2.873, 3.246), (4.550, 4.876), (2.779, 3.165)),
+    ("full", 2304, 768, 8192, 1, (2.102, 2.489), (3.717, 4.018), (2.435, 2.799)),
+    ("half", 768, 768, 32768, 1, (0.221, 1.050), (0.619, 1.152), (0.502, 1.092)),
+    ("half", 3072, 768, 32768, 1, (0.675, 1.088), (1.314, 1.500), (0.982, 1.206)),
+    ("half", 768, 768, 64, 1, (0.045, 0.986), (0.048, 1.027), (0.046, 0.976)),
+    ("half", 3072, 768, 64, 1, (0.060, 0.962), (0.055, 1.034), (0.050, 0.976)),
+    ("half", 768, 768, 1, 0, (0.021, 0.145), (0.025, 0.176), (0.025, 0.294)),
+    ("half", 3072, 768, 1, 0, (0.028, 0.281), (0.024, 0.309), (0.025, 0.354)),
+    ("half", 768, 768, 64, 0, (0.021, 0.148), (0.022, 0.163), (0.024, 0.180)),
+    ("half", 3072, 768, 64, 0, (0.028, 0.151), (0.024, 0.166), (0.026, 0.184)),
+    ("half", 768, 768, 8192, 0, (0.038, 0.282), (0.085, 0.305), (0.081, 0.336)),
+    ("half", 3072, 768, 8192, 0, (0.086, 0.156), (0.198, 0.218), (0.173, 0.201)),
+]
+# fmt: on
+
+
+def path_taken(layer, tokens, amp=False):
+    """The path that auto takes for so many tokens, in training."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        return svft._cheapest_path(layer, torch.empty(tokens, layer.in_features))
 
 
 class TestTheLayer_Eq_1:
@@ -359,17 +420,13 @@ class TestTheLayer_Eq_1:
     @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     def test_training_starts_at_W0(self, kind, path, dtype, device):
-        """m = 0 (D6) leaves the output bit-identical on dense and gather; on fused, to float32 rounding."""
+        """m = 0 (D6) leaves the output bit-identical on dense and gather; on fused, to the rounding of U and Vh (D14)."""
         base = plain_layer(9, 7, kind, dtype).to(device)
-        if path == "fused" and dtype.itemsize == 2:
-            with pytest.raises(ValueError, match="D14"):
-                SVFTLinear(base, path=path)
-            return
         layer = SVFTLinear(base, path=path)
         for shape in [(7,), (5, 7), (2, 3, 7), (0, 7), (1, 1, 1, 7)]:
             x = torch.randn(shape, device=device).to(dtype)
             if path == "fused":
-                near(layer(x).cpu(), base(x).cpu(), rounding(dtype, base.weight.detach().cpu(), x.cpu()))
+                near(layer(x), base(x), rounding(dtype, base.weight.detach().cpu().double(), x.cpu().double()))
             else:
                 assert torch.equal(layer(x), base(x))
         with torch.no_grad():
@@ -415,29 +472,36 @@ class TestTheLayer_Eq_1:
         assert counts["dense"] != counts["fused"]
         assert counts["auto"] == min(counts.values()), counts
 
-    def test_auto_knows_what_a_dense_band_costs_and_what_fused_cannot_serve(self):
-        """A sparse multiply-add weighs as 12 (D11); in half precision, or with a cut SVD, auto never takes fused (D14, D8)."""
-
-        def took(layer, tokens, amp=False):
-            took = []
-            for path in ("_dense", "_gather", "_fused"):
-                real = getattr(SVFTLinear, path)
-                setattr(layer, path, lambda *a, real=real, path=path: took.append(path) or real(layer, *a))
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-                layer(torch.randn(tokens, 64).to(layer.U.dtype))
-            return took[-1]
-
+    @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
+    def test_auto_knows_what_a_dense_band_costs_and_where_fused_would_round_or_cut(self, keep):
+        """A sparse multiply-add weighs as 12 on the CPU (D11). In half precision, or with a cut SVD, auto takes fused
+        only if W0 is gone (D14, D8)."""
         square = plain_layer(64, 64, dtype=torch.float32)
-        assert [took(SVFTLinear(square, "banded", d), 80) for d in (0, 8)] == ["_fused", "_dense"]
-        for layer, amp in (
-            (SVFTLinear(square), True),
-            (SVFTLinear(square, rank=9), False),
-            (SVFTLinear(square.bfloat16()), False),
-        ):
-            assert [took(layer, tokens, amp) for tokens in (2, 9999)] == [
-                "_gather",
-                "_dense" if len(layer.S) == 64 else "_gather",
-            ]
+        assert [path_taken(SVFTLinear(square, "banded", d, keep_weight=keep), 80) for d in (0, 8)] == ["fused", "dense"]
+        half = [(SVFTLinear(square, keep_weight=keep), True), (SVFTLinear(square.bfloat16(), keep_weight=keep), False)]
+        for layer, amp in half:
+            assert [path_taken(layer, T, amp) for T in (2, 9999)] == ["gather" if keep else "fused", "dense"]
+        cut = SVFTLinear(plain_layer(64, 64), rank=9)
+        assert [path_taken(cut, T) for T in (2, 9999)] == ["gather", "gather"]
+
+    def test_on_a_gpu_auto_takes_what_an_H200_measured_as_fastest(self):
+        """Off the CPU a column of the primitive counts r1 r2: within 1.25 of the fastest path that auto may take, in
+        every row of the table, by the kernels' time and by the wall's (D11)."""
+        worst = 0.0
+        for mode, d1, d2, T, train, *milliseconds in H200:
+            n, dtype = min(d1, d2), torch.bfloat16 if mode == "half" else torch.float32
+            with torch.device("meta"):
+                parts = dict(U=torch.empty(d1, n, dtype=dtype), S=torch.empty(n), Vh=torch.empty(n, d2, dtype=dtype))
+                layer = types.SimpleNamespace(**parts, m=torch.empty(5 * n - 6), weight=torch.empty(d1, d2))
+                with torch.set_grad_enabled(bool(train)):
+                    path = svft._cheapest_path(layer, torch.empty(T, d2))
+            times = dict(zip(("dense", "gather", "fused"), milliseconds, strict=True))
+            if mode == "half":  # fused would round W0 (D14)
+                del times["fused"]
+            ratios = [times[path][clock] / min(t[clock] for t in times.values()) for clock in (0, 1)]
+            worst = max(worst, *ratios)
+            assert max(ratios) <= 1.25, (mode, d1, d2, T, train, path, ratios)
+        assert worst > 1.05  # some row was no tie
 
     def test_an_input_of_another_width_is_named(self):
         """A wrong last dimension is an error on every path, also where a reshape could hide it."""
@@ -523,6 +587,10 @@ class TestLemma_c_rank:
         """In general position rank(M) is the term rank: the bound is tight."""
         rank, term, _ = layer.check_rank()
         assert rank == term
+
+    def test_term_rank_takes_indices_of_any_size(self):
+        """Rows and columns are names: near 2**33 as near 0."""
+        assert svft.term_rank(torch.tensor([[0, 2**33, 2**33], [2**40, 7, 2**40]])) == 2
 
     @given(r1=st.integers(1, 5), r2=st.integers(1, 5), seed=seeds, data=st.data())
     def test_term_rank_is_the_largest_matching(self, r1, r2, seed, data):
@@ -610,7 +678,7 @@ class TestMerge:
     def test_it_warns_with_the_figure_where_rounding_swallows_the_update(self):
         """bfloat16 has 8 bits: an update far below W0's last bit is mostly lost, and merge says how much."""
         layer = randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)), 1e-4)
-        with pytest.warns(UserWarning, match=r"merge '': rounding to torch.bfloat16 loses \d\d+% of the update"):
+        with pytest.warns(UserWarning, match=r"merge: rounding .32, 32. to torch.bfloat16 loses \d\d+% of the update"):
             layer.merge()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -674,6 +742,105 @@ class TestInject:
         else:
             svft.inject(model, targets)
             assert [n for n, m in model.named_modules() if isinstance(m, SVFTLinear)] == names
+
+    def test_all_linear_takes_every_linear_layer_but_the_output_embedding(self):
+        """The third of PEFT's rules (D13): nn.Linear and Conv1D, wherever they stand; a head that is tied stays."""
+        model = nn.ModuleDict({"wte": nn.Embedding(5, 4), "fc": Conv1D(3, 4), "deep": nn.Sequential(nn.Linear(3, 4))})
+        model["head"] = nn.Linear(4, 5)
+        model["head"].weight = model["wte"].weight
+        with pytest.raises(ValueError, match=r"layer 'head': weight: got one shared by \['wte', 'head'\]"):
+            svft.inject(copy.deepcopy(model), "all-linear")
+        model.get_output_embeddings = lambda: model["head"]  # as a model of transformers has it
+        svft.inject(model, "all-linear")
+        assert [n for n, m in model.named_modules() if isinstance(m, SVFTLinear)] == ["fc", "deep.0"]
+
+    def test_a_stack_of_weights_is_warned_of_and_stays_as_it_is(self):
+        """The experts of a mixture are 3-d Parameters, as in transformers 5: an entry that names them takes half of
+        what it seems to take. A convolution's weight is no such stack."""
+        model = nn.ModuleDict({"shared": nn.ModuleDict({"down_proj": nn.Linear(4, 3)}), "experts": nn.Module()})
+        model["experts"].down_proj = nn.Parameter(torch.randn(8, 3, 4))
+        model["conv"] = nn.Conv1d(2, 2, 3)
+        for targets in (["down_proj"], r".*down_proj", "all-linear"):
+            with pytest.warns(UserWarning, match=r"\['experts.down_proj'\] are stacks of weights, no layers"):
+                svft.inject(copy.deepcopy(model), targets)
+        del model["shared"]
+        with pytest.raises(ValueError, match=r"matches nothing; \['experts.down_proj'\] are stacks"):
+            svft.inject(model, ["down_proj"])
+
+    def test_names_are_the_models_own_inside_torchs_wrappers(self, tmp_path):
+        """torch.compile, activation checkpointing and DDP put their names into a module's: they are left out when
+        matching, in the seed of "random", and in files. So a file is the same whatever was wrapped."""
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        def model():
+            torch.manual_seed(0)
+            return nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in "ab"))
+
+        plain, inside = model(), model()
+        inside[0] = torch.compile(inside[0])
+        inside[1] = checkpoint_wrapper(inside[1])
+        whole = nn.DataParallel(torch.compile(model()))
+        files = []
+        for number, wrapped in enumerate((plain, inside, whole)):
+            svft.inject(wrapped, ["0.1", "1.0"], "random", 1)
+            svft.save_adapter(randomize(wrapped), tmp_path / f"{number}.npz")
+            files.append((tmp_path / f"{number}.npz").read_bytes())
+        assert files[0] == files[1] == files[2]
+        loaded = svft.load_adapter(model(), tmp_path / "1.npz")
+        x = torch.randn(3, 6)
+        near(loaded(x), plain(x), 1e-5)
+        near(svft.load_adapter(nn.DataParallel(model()), tmp_path / "0.npz").module(x), plain(x), 1e-5)
+
+    def test_two_layers_of_one_name_are_refused(self):
+        """Left out, a wrapper's name may make two names one: no file could tell them apart."""
+        model = nn.ModuleDict({"a": nn.Linear(3, 3), "module": nn.ModuleDict({"a": nn.Linear(3, 3)})})
+        with pytest.raises(ValueError, match="two layers named 'a'"):
+            svft.inject(model, ["a"])
+        direct = nn.Sequential(torch.compile(nn.Linear(3, 3)))  # keeps the forward of the layer that it was given
+        with pytest.raises(ValueError, match="layer '0': base: got a part of another module"):
+            svft.inject(direct, ["0"])
+
+    def test_a_forward_or_hooks_that_are_only_what_is_left_of_them_do_not_matter(self):
+        """accelerate's remove_hook_from_module leaves the layer's own bound forward behind; a hook may be removed."""
+        model = mlp()
+        model[2].forward = model[2].forward
+        model[2].register_forward_hook(print).remove()
+        model[2].register_full_backward_hook(print).remove()
+        assert isinstance(svft.inject(model, ["2"])[2], SVFTLinear)
+
+    def test_the_work_grows_with_the_modules_not_with_their_square(self):
+        """Looking for targets and shared weights visits each module a fixed number of times: counted, not timed."""
+        visits = []
+        for count in (20, 40):
+            model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(count)))
+            real, seen = nn.Module.named_modules, []
+
+            def counted(self, *args, real=real, seen=seen, **options):
+                for item in real(self, *args, **options):
+                    seen.append(1)
+                    yield item
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(nn.Module, "named_modules", counted)
+                svft.inject(model, [str(i) for i in range(count)], "plain")
+            visits.append(len(seen))
+        assert visits[1] < 2.5 * visits[0]
+
+    def test_ctrl_c_before_the_change_leaves_the_model_as_it_was(self, monkeypatch):
+        """Every layer is made first; then one short loop puts them in."""
+        model, real, calls = mlp(), torch.linalg.svd, []
+
+        def interrupted(*args, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        before = snapshot(model)
+        monkeypatch.setattr(torch.linalg, "svd", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            svft.inject(model, ["0", "2", "4"])
+        assert_untouched(model, before)
 
     def test_it_freezes_everything_but_the_ms_and_keeps_those_of_an_earlier_inject(self):
         """What trains is decided by identity: a parameter that happens to be called m is frozen."""
@@ -751,13 +918,31 @@ class TestDisabledAndSummary:
             kept = copy.deepcopy(model)
         assert torch.equal(kept(x), adapted)  # a copy made inside is not disabled for ever
 
+    def test_ctrl_c_on_entry_leaves_nothing_behind(self):
+        """An exception between the layers restores those that were reached."""
+        model = randomize(svft.inject(mlp(), ["0", "2"]))
+        x = torch.randn(3, 5)
+        adapted = model(x)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def interrupted(self, name, value, real=nn.Module.__setattr__):
+                real(self, name, value)
+                if name == "_disabled" and value:
+                    raise KeyboardInterrupt
+
+            patch.setattr(nn.Module, "__setattr__", interrupted)
+            with pytest.raises(KeyboardInterrupt), svft.disabled(model):
+                pass
+        assert torch.equal(model(x), adapted)
+        assert "threads" in svft.disabled.__doc__
+
     def test_summary_lists_layers_shapes_patterns_counts_and_shares(self):
         """A table to read: what is adapted, how, with how many parameters and bytes."""
         model = svft.inject(mlp(width=6), ["0", "4"], "banded", 1)
         rows = [re.split(r"\s{2,}", line) for line in svft.summary(model).splitlines()]
         assert rows[0] == ["layer", "shape", "pattern", "k", "path", "bytes"]
         assert rows[1][:5] == ["0", "6 x 5", "banded d=1", "13", "auto"]
-        held = 4 * (6 * 5 + 6 + 6 * 5 + 5 + 5 * 5 + 13) + 8 * (2 * 13 + 5)  # W0, b, U, S, Vh, m; omega, row starts
+        held = 4 * (6 * 5 + 6 + 6 * 5 + 5 + 5 * 5 + 13) + 8 * 2 * 13  # W0, b, U, S, Vh, m; omega
         assert rows[1][5] == str(held)
         total = sum(p.numel() for p in mlp(width=6).parameters())
         assert rows[-1][0] == f"trained: 23 parameters, {100 * 23 / total:.3f}% of the base model's {total}"
@@ -786,12 +971,12 @@ class TestDtypesAndTransformations:
         layer(x).float().sum().backward()
         assert layer.m.grad.dtype == torch.float32 and (layer.m.grad != 0).all()
 
-    @pytest.mark.parametrize(
-        "path, keep",
-        [(p, k) for p in ("dense", "gather", "fused", "auto") for k in (True, False) if k or p != "gather"],
-    )
+    @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
+    @pytest.mark.parametrize("path", ["dense", "gather", "fused", "auto"])
     def test_autocast_agrees_with_float32_to_its_own_rounding(self, path, keep):
-        """Output in bfloat16, gradient of m in float32; the fused path keeps float32 factors inside (D14)."""
+        """Each product runs in autocast's dtype: output in bfloat16, gradient of m in float32."""
+        if path == "gather" and not keep:
+            return  # refused: TestBadInput
         base = plain_layer(40, 24, dtype=torch.float32)
         layer = randomize(SVFTLinear(base, path=path, keep_weight=keep), 0.1)
         x = torch.randn(6, 24)
@@ -800,18 +985,54 @@ class TestDtypesAndTransformations:
             h = layer(x)
             assert layer.delta_weight().dtype == layer.merged_weight().dtype == torch.float32
         assert h.dtype == torch.bfloat16
-        near(h, want, 4 * 2**-8 * np.abs(want).max())
+        near(h, want, 8 * 2**-8 * np.abs(want).max())
         h.float().sum().backward()
         assert layer.m.grad.dtype == torch.float32 and layer.m.grad.abs().sum() > 0
 
-    @pytest.mark.parametrize("path, keep", [("auto", False), ("dense", False), ("fused", False), ("fused", True)])
-    def test_where_the_factors_stand_in_for_W0_autocast_stays_out(self, path, keep):
-        """fused, or keep_weight=False: computed in float32 inside autocast, and only the output is rounded (D14)."""
-        layer = randomize(SVFTLinear(plain_layer(40, 24, dtype=torch.float32), path=path, keep_weight=keep), 1e-3)
-        x = torch.randn(6, 24)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = layer(x)
-        assert torch.equal(got, layer(x).bfloat16())
+    @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_fused_in_half_precision_is_allowed_when_asked_for(self, dtype, keep):
+        """W0 comes back to the rounding of U and Vh, about as much as the dtype's own (D14); an m far below Sigma's
+        last bit is not lost on the CPU, as Sigma z is added beside M z, in float32."""
+        base = plain_layer(48, 40, dtype=dtype)
+        layer = randomize(SVFTLinear(base, path="fused", keep_weight=keep))
+        x = torch.randn(3, 40).to(dtype)
+        want = (
+            x.double().numpy() @ (weight_of(base) + delta_by_double_loop(layer)).T + base.bias.detach().double().numpy()
+        )
+        near(layer(x), want, 16 * torch.finfo(dtype).eps * np.abs(want).max())
+        with torch.no_grad():
+            layer.m.fill_(1e-6)
+            layer.bias.zero_()
+        z = (layer.Vh @ x.T).float()  # as the layer rounds it
+        y = layer._M_times(z, add_sigma=True) - layer.S[:, None] * z
+        near(y, layer.M() @ z, 0.3 * float((layer.M() @ z).abs().max()))  # float32 keeps most of an m of 1e-6
+        near(layer.merge()(x), layer(x), 32 * torch.finfo(dtype).eps * np.abs(want).max())
+
+    def test_no_switch_of_torchs_changes_a_check_or_a_merge(self):
+        """TF32, set_float32_matmul_precision and autocast touch float32 products alone: checks and merges are float64."""
+        base = plain_layer(9, 7, dtype=torch.float32)
+        svd, precision = compute_svd(base.weight), torch.get_float32_matmul_precision()
+        want = randomize(SVFTLinear(base, svd=svd)).merge().weight
+        seen = []
+
+        class Products(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul, torch.linalg.svd):
+                    seen.append(args[0].dtype)
+                return func(*args, **(kwargs or {}))
+
+        try:
+            torch.set_float32_matmul_precision("medium")
+            torch.backends.cuda.matmul.allow_tf32 = True
+            with torch.autocast("cpu", dtype=torch.bfloat16), Products():
+                layer = randomize(SVFTLinear(base, svd=svd))
+                assert torch.equal(layer.merge().weight, want)
+                assert all(torch.equal(a, b) for a, b in zip(compute_svd(base.weight), svd, strict=True))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.set_float32_matmul_precision(precision)
+        assert len(seen) > 8 and set(seen) == {torch.float64}
 
     def test_a_merge_under_autocast_is_exact(self):
         """delta_weight, merged_weight and merge are float32 also inside an autocast block."""
@@ -819,20 +1040,6 @@ class TestDtypesAndTransformations:
         want = layer.merge().weight
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer.merge().weight, want)
-
-    def test_a_layer_that_needs_float32_refuses_a_later_half(self):
-        """keep_weight=False or 'fused', then .bfloat16(): an error at the next forward, not a model that is 0.4% off."""
-        for options in ({"keep_weight": False}, {"path": "fused"}):
-            layer = SVFTLinear(plain_layer(4, 4, dtype=torch.float32), **options).bfloat16()
-            with pytest.raises(ValueError, match="D14"):
-                layer(torch.randn(2, 4).bfloat16())
-            if layer.weight is None:
-                for use in (layer.merge, layer.merged_weight):
-                    with pytest.raises(ValueError, match="D14"):
-                        use()
-            else:
-                with svft.disabled(layer):
-                    assert torch.equal(layer(torch.ones(2, 4).bfloat16()), layer.merge()(torch.ones(2, 4).bfloat16()))
 
     @given(layer=layers())
     def test_a_copy_a_pickle_and_a_state_dict_carry_the_layer(self, layer):
@@ -844,42 +1051,56 @@ class TestDtypesAndTransformations:
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh):
             assert torch.equal(other(x), layer(x)) and other.m is not layer.m
 
-    def test_a_state_dict_of_another_omega_is_refused_whole(self):
-        """m is a list of numbers: with other positions of the same count it would load, and mean something else.
-
-        So is W0 without its factors, or one of them alone: paths that read the one or the other would disagree.
-        """
-        layer, other = (SVFTLinear(plain_layer(6, 6), "random", k=9, seed=s) for s in (0, 1))
-        randomize(layer), randomize(other)
-        before = snapshot(layer)
-        with pytest.raises(RuntimeError, match="omega: got other positions"):
-            layer.load_state_dict(other.state_dict())
-        with pytest.raises(RuntimeError, match="omega: got other positions than this layer's, or none"):
-            layer.load_state_dict({"m": other.m}, strict=False)
-        with pytest.raises(RuntimeError, match="omega: got other positions"):
-            layer.load_state_dict({"omega": other.omega}, strict=False)
-        for part in ("weight", "U", "S"):
-            with pytest.raises(RuntimeError, match="weight: got some of W0 and its factors, want all or none"):
-                layer.load_state_dict({part: getattr(other, part) + 1}, strict=False)
-        assert_untouched(layer, before)
-        freed = SVFTLinear(plain_layer(6, 6), keep_weight=False)
-        with pytest.raises(RuntimeError, match="weight: got some of W0 and its factors, want all or none"):
-            freed.load_state_dict(plain_layer(6, 6, seed=1).state_dict(), strict=False)
-        parts = list(layer.state_dict().items())
-        for file in (parts[:2], parts[2:]):  # a checkpoint of this layer in two files
-            layer.load_state_dict(dict(file), strict=False)
+    @pytest.mark.parametrize("how", ["whole", "in two files", "assign", "from meta", "after to_empty"])
+    def test_a_state_dict_carries_the_layer_whatever_omega_the_other_had(self, how):
+        """Same sizes, same k, another Omega: after loading it computes what the saved one did. Nothing is derived
+        from omega and kept, so parts may come in any order, by assignment, and onto meta."""
+        layer, other = (randomize(SVFTLinear(plain_layer(6, 6, seed=s), "random", k=9, seed=s)) for s in (0, 1))
+        x = torch.randn(3, 6, dtype=torch.float64)
+        assert (other(x) - layer(x)).abs().max() > 1e-3
+        state = layer.state_dict()
+        if how == "in two files":
+            parts = list(state.items())
+            for file in (parts[4:], parts[:4]):
+                other.load_state_dict(dict(file), strict=False)
+        elif how == "from meta":
+            other.to("meta").load_state_dict(state, assign=True)
+        elif how == "after to_empty":
+            other.to_empty(device="cpu").load_state_dict(state)
+        else:
+            other.load_state_dict(state, assign=how == "assign")
+        for path in ("dense", "gather", "fused"):
+            layer.path = other.path = path
+            assert torch.equal(other(x), layer(x))
 
     @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
     def test_a_whole_model_compiles_without_a_graph_break(self, path):
-        """torch.compile(fullgraph=True), forward and backward, with changing numbers of tokens."""
+        """torch.compile(fullgraph=True), forward and backward, with changing numbers of tokens: twelve lengths, in
+        training and in inference, take a few compilations, not one each."""
         torch._dynamo.reset()
         model = randomize(svft.inject(mlp(), ["0", "2", "4"], path=path))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for tokens in (3, 40, 41):
+        frames = torch._dynamo.utils.counters["stats"]
+        frames.clear()
+        with torch.no_grad():
+            for tokens in range(2, 14):
+                near(compiled(torch.ones(tokens, 5)), model(torch.ones(tokens, 5)), 1e-5)
+        for tokens in (3, 40, 41, *range(100, 2000, 200)):
             x = torch.randn(tokens, 5)
             near(compiled(x), model(x).detach(), 1e-5)
             want = torch.autograd.grad(model(x).square().sum(), model[0].m)[0]
-            near(torch.autograd.grad(compiled(x).square().sum(), model[0].m)[0], want, 1e-4)
+            near(torch.autograd.grad(compiled(x).square().sum(), model[0].m)[0], want, 1e-4 * float(want.abs().max()))
+        assert 2 <= frames["unique_graphs"] <= 6
+
+    @pytest.mark.parametrize("path", ["auto", "dense", "gather", "fused"])
+    def test_it_exports_with_a_dynamic_length(self, path):
+        """torch.export of a whole model; the program serves lengths that it was not exported with."""
+        model = randomize(svft.inject(mlp(), ["0", "2", "4"], path=path)).eval()
+        lengths = {"input": {0: torch.export.Dim("length", min=2, max=4096)}}
+        program = torch.export.export(model, (torch.randn(7, 5),), dynamic_shapes=lengths).module()
+        for tokens in (2, 30, 3000):
+            x = torch.randn(tokens, 5)
+            near(program(x), model(x), 1e-5)
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_gradient_checkpointing_changes_nothing(self, reentrant):
@@ -932,6 +1153,9 @@ class Fake(FakeTensorMode):  # svft's checks ask tensors for scalars: answer 'al
     def dispatch(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 0.01 if args[0].dtype.is_floating_point else 1
+        if func is torch.ops.aten.nonzero.default:  # omega_banded's: as many positions as a band of d = 1 has
+            with self:
+                return torch.zeros(3 * args[0].shape[0] - 2, 2, dtype=torch.int64, device="cpu")
         return super().dispatch(func, types, args, kwargs or {})
 
 def gpt2(device, dtype):  # its square layers as Conv1D, as in transformers' GPT-2
@@ -963,8 +1187,6 @@ for as_cuda, dtype in itertools.product((True, False), (torch.float32, torch.bfl
             model = svft.inject(gpt2(device, dtype), targets, pattern, 1)
             layer, tokens = model.h[0].attn.c_proj, torch.zeros(2, 4, dtype=torch.int64, device=device)
             for path in ("auto", "dense", "gather", "fused"):
-                if path == "fused" and dtype == torch.bfloat16:
-                    continue
                 for module in model.modules():
                     if isinstance(module, svft.SVFTLinear):
                         module.path = path
@@ -996,108 +1218,6 @@ def svd_calls(monkeypatch):
     return calls
 
 
-class TestSVDCache:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    @pytest.mark.parametrize("how", [{}, {"rank": 2}, {"full_matrices": True}, {"dtype": torch.float32}])
-    def test_a_second_call_reads_the_same_bits_and_computes_nothing(self, tmp_path, svd_calls, dtype, how):
-        """One file per weight and options; a hit gives what the miss gave."""
-        W = plain_layer(6, 4, dtype=dtype).weight
-        first = compute_svd(W, cache_dir=tmp_path / "made" / "on demand", **how)
-        second = compute_svd(W, cache_dir=tmp_path / "made" / "on demand", **how)
-        assert len(svd_calls) == 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert [p.suffix for p in (tmp_path / "made" / "on demand").iterdir()] == [".pt"]  # no temporary file is left
-
-    def test_whatever_changes_the_result_changes_the_file(self, tmp_path, svd_calls):
-        """Weight bytes, shape, dtype, rank, full_matrices and LAPACK's dtype are all in the key."""
-        W = plain_layer(4, 4, dtype=torch.float32).weight.detach()
-        nudged = W.clone()
-        nudged[0, 0] = torch.nextafter(nudged[0, 0], torch.tensor(9.0))
-        for weight in (W, nudged, W.T, W.reshape(2, 8), W.half(), W.double()):
-            compute_svd(weight, cache_dir=tmp_path)
-        for how in ({"rank": 2}, {"rank": 3}, {"dtype": torch.float32}):
-            compute_svd(W, cache_dir=tmp_path, **how)
-        compute_svd(W.reshape(2, 8), cache_dir=tmp_path, full_matrices=True)
-        assert len(svd_calls) == len(list(tmp_path.iterdir())) == 10
-
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            lambda path, svd: path.write_bytes(b""),
-            lambda path, svd: path.write_bytes(path.read_bytes()[:-200]),
-            lambda path, svd: path.write_bytes(b"not a zip file" * 99),
-            lambda path, svd: torch.save({"U": svd.U}, path),
-            lambda path, svd: torch.save([1, 2, 3], path),
-            lambda path, svd: torch.save({"U": "x", "S": "y", "Vh": "z"}, path),
-            lambda path, svd: torch.save(svd._replace(U=svd.U * 1.001)._asdict(), path),  # not orthonormal
-            lambda path, svd: torch.save(svd._replace(S=svd.S * 1.001)._asdict(), path),  # W V != U S
-            lambda path, svd: torch.save(svd._replace(U=svd.U * math.nan)._asdict(), path),
-            lambda path, svd: torch.save(svd._replace(U=-svd.U, Vh=-svd.Vh)._asdict(), path),  # an SVD: other signs
-            lambda path, svd: torch.save({n: t.double() for n, t in svd._asdict().items()}, path),  # another dtype
-            lambda path, svd: torch.save(svd._replace(U=svd.U[:, :2], S=svd.S[:2], Vh=svd.Vh[:2])._asdict(), path),
-            lambda path, svd: torch.save(compute_svd(torch.randn(6, 4))._asdict(), path),  # of another weight
-            lambda path, svd: path.write_bytes(pickle.dumps(MakeFile(path.parent / "owned"))),
-        ],
-    )
-    def test_a_damaged_or_foreign_file_is_a_miss_and_is_replaced(self, tmp_path, svd_calls, damage):
-        """What is read is checked: orthonormal, W V = U S, U^T W = S V^T, canonical signs; nothing in it is run."""
-        W = plain_layer(6, 4, dtype=torch.float32).weight
-        want = compute_svd(W, cache_dir=tmp_path)
-        (path,) = tmp_path.iterdir()
-        damage(path, want)
-        calls = len(svd_calls)
-        for _ in "twice":
-            got = compute_svd(W, cache_dir=tmp_path)
-            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        assert len(svd_calls) == calls + 1 and not (tmp_path / "owned").exists()
-
-    def test_a_folder_that_cannot_be_written_is_warned_of_and_done_without(self, tmp_path):
-        """The cache is a convenience: its failure does not stop the work."""
-        (tmp_path / "file").write_text("in the way")
-        W = torch.randn(3, 2)
-        with pytest.warns(UserWarning, match="cache_dir: cannot write"):
-            got = compute_svd(W, cache_dir=tmp_path / "file" / "folder")
-        assert torch.equal(got.U, compute_svd(W).U)
-
-    def test_a_write_that_fails_half_way_leaves_nothing(self, tmp_path, monkeypatch):
-        """Written whole or not at all: a full disk leaves no file, and no temporary one."""
-
-        def full(content, file):
-            file.write(b"half of it")
-            raise RuntimeError("no space left on device")
-
-        monkeypatch.setattr(torch, "save", full)
-        with pytest.warns(UserWarning, match="no space left"):
-            compute_svd(torch.randn(3, 2), cache_dir=tmp_path)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_several_processes_may_race_for_one_folder(self, tmp_path):
-        """Each writes its own temporary file and renames it: all end with the same factors, and one file a weight."""
-        code = "import svft, torch; m = [torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in range(8)]"
-        code += "; print(sum(float(svft.compute_svd(w, cache_dir='.').U.abs().sum()) for w in m))"
-        env = {**os.environ, "PYTHONPATH": str(HERE)}
-        racers = [
-            subprocess.Popen(
-                [sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-            for _ in range(2)
-        ]
-        said = [r.communicate(timeout=120) for r in racers]
-        assert len({out for out, _ in said}) == 1 and not any(err for _, err in said), said
-        assert len(list(tmp_path.iterdir())) == 8
-
-    def test_a_miss_is_logged_with_its_seconds_and_long_work_says_so_once(self, tmp_path, caplog, monkeypatch):
-        """INFO for each SVD computed; one WARNING, with the time that remains, where it takes over ten seconds."""
-        clock = iter(range(0, 10_000, 4))
-        monkeypatch.setattr(svft.time, "perf_counter", lambda: float(next(clock)))
-        with caplog.at_level(logging.INFO, "svft"):
-            svft.inject(mlp(), ["0", "2", "4"])
-        assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
-            f"SVD of a {shape} weight computed in 4.00 s" for shape in ("6 x 5", "6 x 6", "4 x 6")
-        ]
-        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-        assert warning == "SVDs: 1 of 3 layers in 12 s, about 24 s to go; cache_dir= would keep them for the next start"
-
-
 class MakeFile:
     """A pickle of it makes a file when it is read carelessly."""
 
@@ -1106,6 +1226,124 @@ class MakeFile:
 
     def __reduce__(self):
         return (Path.touch, (self.path,))
+
+
+def flipped_bits(content, count, seed=0):
+    """Copies of a file's bytes with one bit flipped, at places spread evenly over the file."""
+    rng = np.random.RandomState(seed)
+    for part in np.array_split(np.arange(8 * len(content)), count):
+        place = int(rng.choice(part))
+        altered = bytearray(content)
+        altered[place // 8] ^= 1 << place % 8
+        yield bytes(altered)
+
+
+def rewritten(path, **changes):
+    """Write the arrays of an .npz file again, with some changed; a change to None leaves the array out."""
+    with np.load(path) as file:
+        arrays = {**dict(file), **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+class TestSVDCache:
+    @pytest.mark.parametrize("how", [{}, {"rank": 2}, {"full_matrices": True}], ids=["thin", "cut", "full"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_a_second_call_reads_the_same_bits_and_computes_nothing(self, tmp_path, svd_calls, dtype, how):
+        """One .npz file per weight and options, which numpy opens; a hit gives what the miss gave."""
+        W = plain_layer(6, 4, dtype=dtype).weight
+        folder = tmp_path / "made" / "on demand"
+        first, second = compute_svd(W, cache_dir=folder, **how), compute_svd(W, cache_dir=folder, **how)
+        assert len(svd_calls) == 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        (file,) = folder.iterdir()  # no temporary file is left
+        with np.load(file, allow_pickle=False) as arrays:
+            assert file.suffix == ".npz" and sorted(arrays) == ["S", "U", "Vh"]
+
+    def test_whatever_changes_the_result_changes_the_file(self, tmp_path, svd_calls):
+        """Weight bytes, shape, dtype, rank and full_matrices are all in the key."""
+        W = plain_layer(4, 4, dtype=torch.float32).weight.detach()
+        nudged = W.clone()
+        nudged[0, 0] = torch.nextafter(nudged[0, 0], torch.tensor(9.0))
+        for weight in (W, nudged, W.T, W.reshape(2, 8), W.half(), W.double()):
+            compute_svd(weight, cache_dir=tmp_path)
+        for how in ({"rank": 2}, {"rank": 3}):
+            compute_svd(W, cache_dir=tmp_path, **how)
+        compute_svd(W.reshape(2, 8), cache_dir=tmp_path, full_matrices=True)
+        assert len(svd_calls) == len(list(tmp_path.iterdir())) == 9
+
+    @pytest.mark.parametrize(
+        "name, change",
+        {
+            "not orthonormal": lambda svd: svd._replace(U=svd.U * 1.001),
+            "another Sigma": lambda svd: svd._replace(S=svd.S * 1.001),
+            "one value off by 1e-3": lambda svd: svd._replace(Vh=svd.Vh + 1e-3 * torch.eye(4)),
+            "NaN": lambda svd: svd._replace(U=svd.U * math.nan),
+            "Sigma unsorted": lambda svd: SVD(svd.U.flip(1), svd.S.flip(0), svd.Vh.flip(0)),
+            "another dtype": lambda svd: SVD(*(t.double() for t in svd)),
+            "cut": lambda svd: SVD(svd.U[:, :2], svd.S[:2], svd.Vh[:2]),
+            "of another weight": lambda svd: compute_svd(torch.randn(6, 4)),
+            "a vector for a matrix": lambda svd: svd._replace(U=svd.U[:, 0]),
+        }.items(),
+    )
+    def test_factors_of_something_else_are_a_miss(self, tmp_path, svd_calls, name, change, caplog):
+        """What is read is checked: orthonormal, W V = U S and U^T W = S V^T, S sorted; then it is replaced."""
+        W = plain_layer(6, 4, dtype=torch.float32).weight
+        want = compute_svd(W, cache_dir=tmp_path)
+        (path,) = tmp_path.iterdir()
+        np.savez(path, **{n: t.numpy() for n, t in change(want)._asdict().items()})
+        calls = len(svd_calls)
+        for _ in "twice":
+            got = compute_svd(W, cache_dir=tmp_path)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert len(svd_calls) == calls + 1
+        assert "computing it again" in caplog.text
+
+    def test_a_file_that_is_wrong_in_any_bit_is_a_miss(self, tmp_path, svd_calls):
+        """200 flipped bits, all over the file; 40 lengths; foreign files. Each is replaced, nothing in it is run."""
+        W = plain_layer(6, 4, dtype=torch.float32).weight
+        want = compute_svd(W, cache_dir=tmp_path)
+        (path,) = tmp_path.iterdir()
+        whole = path.read_bytes()
+        damaged = [*flipped_bits(whole, 200), *(whole[:n] for n in np.linspace(0, len(whole) - 1, 40).astype(int))]
+        damaged += [b"not a zip file" * 99, pickle.dumps(MakeFile(tmp_path / "owned")), whole + b"x"]
+        for content in damaged:
+            path.write_bytes(content)
+            calls = len(svd_calls)
+            got = compute_svd(W, cache_dir=tmp_path)
+            assert len(svd_calls) == calls + 1 and path.read_bytes() == whole
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_folder_that_cannot_be_written_is_warned_of_once_and_done_without(self, tmp_path):
+        """The cache is a convenience: its failure does not stop the work, and three layers are one warning."""
+        (tmp_path / "file").write_text("in the way")
+        with pytest.warns(UserWarning, match="cache_dir: cannot write in .*folder") as caught:
+            model = svft.inject(mlp(), ["0", "2", "4"], cache_dir=tmp_path / "file" / "folder")
+        assert len(caught) == 1 and torch.equal(model[0].U, svft.inject(mlp(), ["0"])[0].U)
+
+    def test_several_processes_may_race_for_one_folder(self, tmp_path):
+        """Each writes its own temporary file and renames it: all end with the same factors, and one file a weight."""
+        code = "import svft, torch; m = [torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in range(8)]"
+        code += "; print(sum(float(svft.compute_svd(w, cache_dir='.').U.abs().sum()) for w in m))"
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        racers = [
+            subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=-1)
+            for _ in range(2)
+        ]
+        said = [r.communicate(timeout=120) for r in racers]
+        assert len({out for out, _ in said}) == 1 and not any(err for _, err in said), said
+        assert len(list(tmp_path.iterdir())) == 8
+
+    def test_a_miss_is_logged_with_its_seconds_and_long_work_says_so_once(self, tmp_path, caplog, monkeypatch):
+        """INFO for each SVD computed; one WARNING, with the time that remains, if it takes over ten seconds."""
+        clock = iter(range(0, 10_000, 4))
+        monkeypatch.setattr(svft.time, "perf_counter", lambda: float(next(clock)))
+        with caplog.at_level(logging.INFO, "svft"):
+            svft._for_each({"a": torch.eye(6, 5), "b": torch.eye(6), "c": torch.eye(4, 6)}, lambda n, W: compute_svd(W))
+        assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+            f"SVD of a {shape} weight computed in 4.00 s" for shape in ("6 x 5", "6 x 6", "4 x 6")
+        ]
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert warning == "1 of 3 layers in 12 s, about 24 s to go"
 
 
 def degenerate(seed):
@@ -1118,21 +1356,63 @@ def saved(tmp_path):
     """A base model, the same model adapted, and its adapter file."""
     base = mlp()
     model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], "random", 1, seed=7))
-    svft.save_adapter(model, tmp_path / "adapter.pt")
-    return base, model, tmp_path / "adapter.pt"
+    svft.save_adapter(model, tmp_path / "adapter.npz")
+    return base, model, tmp_path / "adapter.npz"
+
+
+OLD_FILE = (  # an adapter file of format "svft 2", zlib and base85: every later version must read it
+    b"c-jl_W@gc4fB;2?hn1r4|Dk}3L4+YKzbH4cL@%$Pl954xVFpwkjGpWl>KhQr$WX>mt)7xvoLr=CrJ!yTYNoEEpbpeoQk0k%pI?-c3KDlq%qdO<"
+    b"iWg@j7Ni3C8k#x^wF(pgu414Y%78cxh)aN20f>!&H~_^@drbT8!~Dbz^pk;per{@dBFs}Cpb9_W^;D(>QJyl=Q81^>V_XbqfDs4Hghr#QXTYHz"
+    b"osSw=!b{alVS&XC4y;^QK+S<Fnu9l>(oBd7D03Z3;~yAM4fa51H~<k4HvsVhAU*)Z4;)ZEbs(YOJIqr&U{4hk<tL>U!+eGwwm5u7ToN!eqtt6$"
+    b"bHaWv_PFrTUR<X+z+jrlf!u~P`=a^s4m)nvES)H=?4YNzi)rcteTSH%3s&l!6Fk7eSMiO7Md3irPfo^f{OSi}iv#6u@XH=(ySv$Z(p1R<T<2w~"
+    b"{%lZi_{I9G#p;)}LrTczdHF%Q4tn#aExx`;$wAgdGxgE-XZz2*G;di@s)!bPp}*x$pynU2Ur8$zh|E96lqU-os5_X^=m2j<CS7LKqHYG%-N>1)"
+    b"0h|aB1s}RTP;v4BT3&FY=(_?WkqQ@dji9VG2bzD_Q8Y3#F~Bk!x+YN41t&`&=0VYP4Xg=~kkNI5q7CLhRCkK7Fd#=_fHx}}NP-mzC4ttw1cx91"
+    b"V2wux"
+)
 
 
 class TestAdapterFile:
-    @given(layer=layers(dtype=torch.float32), bases=st.booleans(), injected=st.booleans())
-    def test_what_is_saved_is_what_is_loaded(self, tmp_path, layer, bases, injected):
-        """Round trip into a plain model (which is injected) and into an injected one, for every kind of layer."""
+    @given(layer=layers(dtype=torch.float32), injected=st.booleans(), seed=seeds)
+    def test_what_is_saved_is_what_is_loaded(self, tmp_path, layer, injected, seed):
+        """Round trip into a plain model, which is injected, and into an injected one with another Omega."""
         base = layer.base.pop()
         layer.base = None
-        fresh = SVFTLinear(base, layer.omega, svd=SVD(layer.U, layer.S, layer.Vh)) if injected else base
-        svft.save_adapter(nn.ModuleDict({"x": layer}), tmp_path / "a.pt", bases=bases)
-        loaded = svft.load_adapter(nn.ModuleDict({"x": fresh}), tmp_path / "a.pt", cache_dir=tmp_path)["x"]
+        if layer.U.shape[1] != layer.Vh.shape[0]:
+            return  # the full SVD of a rectangular weight is refused: below
+        svft.save_adapter(nn.ModuleDict({"x": layer}), tmp_path / "a.npz")
+        r = len(layer.S)
+        other = omega_random(r, r, 1 + seed % (r * r), seed=seed)
+        fresh = randomize(SVFTLinear(base, other, rank=r)) if injected else base
+        loaded = svft.load_adapter(nn.ModuleDict({"x": fresh}), tmp_path / "a.npz", cache_dir=tmp_path)["x"]
         assert torch.equal(loaded.m, layer.m) and torch.equal(loaded.omega, layer.omega)
         near(loaded.merged_weight(), layer.merged_weight(), rounding(torch.float32, layer.S, layer.m.detach()))
+        loaded(torch.ones(2, loaded.in_features)).sum().backward()
+        assert loaded.m.grad.shape == layer.m.shape and loaded.m.requires_grad
+
+    def test_the_file_is_an_npz_archive_that_anyone_can_open(self, saved):
+        """NAME/omega, NAME/m, NAME/probes and NAME/shape for each layer, and format: documented, no pickle."""
+        _, model, path = saved
+        with np.load(path, allow_pickle=False) as file:
+            assert set(file) == {
+                "format",
+                *(f"{n}/{part}" for n in "024" for part in ("omega", "m", "probes", "shape")),
+            }
+            assert str(file["format"]) == "svft 2" and file["4/shape"].tolist() == [4, 6, 4]
+            near(file["2/m"], model[2].m, 0)
+            rng = np.random.RandomState(0)
+            a, b = rng.standard_normal((16, 4)), rng.standard_normal((16, 6))
+            near(file["4/probes"], [a[p] @ delta_by_double_loop(model[4]) @ b[p] for p in range(16)], 1e-5)
+
+    def test_a_file_of_an_earlier_commit_loads_and_one_of_0_1_0_says_what_it_is(self, tmp_path):
+        """The probes' seed and the names of the arrays are part of the format."""
+        base = nn.Sequential(nn.Linear(3, 4))
+        base[0].weight.data = torch.sin(torch.arange(12.0) ** 2).view(4, 3)
+        (tmp_path / "old.npz").write_bytes(zlib.decompress(base64.b85decode(OLD_FILE)))
+        loaded = svft.load_adapter(copy.deepcopy(base), tmp_path / "old.npz")[0]
+        assert torch.equal(loaded.m, torch.arange(1.0, 8.0)) and torch.equal(loaded.omega, omega_banded(3, 3, 1))
+        torch.save({"format": "svft 1", "layers": {}, "sha256": ""}, tmp_path / "older.pt")
+        with pytest.raises(ValueError, match="older.pt: got a file of svft 0.1.0, want one of 0.2.0"):
+            svft.load_adapter(base, tmp_path / "older.pt")
 
     def test_it_survives_another_process_seed_and_thread_count(self, saved, tmp_path):
         """The basis is computed again from W0, not drawn."""
@@ -1145,7 +1425,7 @@ class TestAdapterFile:
             state, x, want = torch.load("case.pt")
             model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
             model.load_state_dict(state)
-            got = svft.load_adapter(model, "adapter.pt")(x)
+            got = svft.load_adapter(model, "adapter.npz")(x)
             assert (got - want).abs().max() < 1e-5, (got - want).abs().max()
             assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.m", "2.m", "4.m"]
         """
@@ -1168,262 +1448,394 @@ class TestAdapterFile:
 
         model, optimizer = start()
         train(model, optimizer, data[:3])
-        svft.save_adapter(model, tmp_path / "a.pt")
+        svft.save_adapter(model, tmp_path / "a.npz")
         torch.save(optimizer.state_dict(), tmp_path / "o.pt")
         train(model, optimizer, data[3:])
         resumed, optimizer = start()
-        svft.load_adapter(resumed, tmp_path / "a.pt")
+        svft.load_adapter(resumed, tmp_path / "a.npz")
         optimizer.load_state_dict(torch.load(tmp_path / "o.pt"))
         train(resumed, optimizer, data[3:])
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
-    def spoil(name, model):  # noqa: N805 - ways to get a model that the adapter does not belong to
-        with torch.no_grad():
-            if name == "another base of the same shapes":
-                model[2].weight.copy_(mlp(seed=1)[2].weight)
-            elif name == "a base that was trained on":
-                model[2].weight += 0.02 * torch.randn(6, 6)
-            elif name == "a base in bfloat16":
-                model.bfloat16()
-            elif name == "swapped layers":
-                model[0], model[4] = model[4], model[0]
-            elif name == "other shapes":
-                model[2] = nn.Linear(6, 7)
-            elif name == "a missing layer":
-                del model[4]
-            elif name == "a layer of another type":
-                model[2] = nn.Bilinear(6, 6, 6)
-        return model
-
     def test_what_the_check_cannot_see_loads(self, tmp_path):
         """A scaled base has the same U and V, so the saved update comes out: said in the notes, and so it is."""
         model = randomize(svft.inject(mlp(), ["2"]))
-        svft.save_adapter(model, tmp_path / "a.pt")
-        svft.save_adapter(model, tmp_path / "b.pt", bases=True)
+        svft.save_adapter(model, tmp_path / "a.npz")
         scaled = mlp()
         scaled[2].weight.data *= 2
-        near(
-            svft.load_adapter(copy.deepcopy(scaled), tmp_path / "a.pt")[2].delta_weight(), model[2].delta_weight(), 1e-5
-        )
-        with pytest.raises(ValueError, match="svd: got factors"):
-            svft.load_adapter(scaled, tmp_path / "b.pt")  # the stored Sigma must fit the weight
+        near(svft.load_adapter(scaled, tmp_path / "a.npz")[2].delta_weight(), model[2].delta_weight(), 1e-5)
 
     @pytest.mark.parametrize("into", ["plain", "injected"])
     @pytest.mark.parametrize(
-        "what, said",
-        [
-            ("another base of the same shapes", r"layer '2': m: got an update that differs .* by \d"),
-            ("a base that was trained on", r"layer '2': m: got an update that differs .* by 0\.\d+"),
-            ("a base in bfloat16", r"layer '\d': m: got an update that differs .* by 0\.\d+"),
-            ("swapped layers", r"layer '0': weight: got .*4.*6.*want \(6, 5\)"),
-            ("other shapes", r"layer '2': weight: got .*7.*6.*want \(6, 6\)"),
-            ("a missing layer", r"got layers \['4'\], want only layers that the model has"),
-            ("a layer of another type", "layer '2': base: got torch.nn.*Bilinear"),
-        ],
+        "spoil, said",
+        {
+            "another base": (lambda m: m[2].weight.copy_(mlp(seed=1)[2].weight), r"layer '2': m: .*differs .* by \d"),
+            "a base trained on": (
+                lambda m: m[2].weight.add_(torch.eye(6), alpha=0.01),
+                r"'2': m: .*differs .* by 0\.\d+",
+            ),
+            "a base in bfloat16": (lambda m: m.bfloat16(), r"layer '\d': m: .*differs .* by 0\.\d+"),
+            "swapped layers": (
+                lambda m: m.__setitem__(0, m[4]) or m.__setitem__(4, mlp()[0]),
+                r"'0': weight: got .*4, 6",
+            ),
+            "another shape": (
+                lambda m: m.__setitem__(2, nn.Linear(6, 7)),
+                r"layer '2': weight: got .*7, 6.*want .6, 6",
+            ),
+            "a missing layer": (lambda m: m.__delitem__(4), r"got layers \['4'\], want only layers that the model has"),
+            "another kind": (
+                lambda m: m.__setitem__(2, nn.Bilinear(6, 6, 6)),
+                "layer '2': base: got torch.nn.*Bilinear",
+            ),
+        }.values(),
+        ids=["another-base", "trained-on", "bfloat16", "swapped", "another-shape", "a-layer-missing", "another-kind"],
     )
-    def test_a_model_it_does_not_belong_to_is_refused_and_left_alone(self, saved, into, what, said):
+    def test_a_model_it_does_not_belong_to_is_refused_and_left_alone(self, saved, into, spoil, said):
         """M is a set of coordinates: on another basis it is another update. Layer and relative difference are named."""
-        base, model, path = saved
-        model = TestAdapterFile.spoil(what, base)
-        if into == "injected" and what == "a layer of another type":
-            pytest.skip("no such layer can be injected: TestBadInput")
+        model, _, path = saved
+        with torch.no_grad():
+            spoil(model)
         if into == "injected":
-            have = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-            entries = torch.load(path)["layers"]
-            for name in have:  # with the file's own Omegas, where they fit
-                omega = entries[name]["omega"] if name in entries and what != "swapped layers" else "banded"
-                svft.inject(model, [name], omega)
+            svft.inject(model, "all-linear")
         before = snapshot(model)
         with pytest.raises((ValueError, TypeError), match=said):
             svft.load_adapter(model, path)
         assert_untouched(model, before)
 
-    def test_layers_that_the_file_does_not_have_and_other_omegas_are_refused(self, saved):
-        """An injected model must be the one that was saved."""
+    def test_sizes_are_checked_before_any_svd(self, saved, svd_calls):
+        """A last layer of another shape or rank is found at once, not after the SVDs of all the others."""
         base, _, path = saved
-        model = svft.inject(copy.deepcopy(base), ["0", "2", "4"], "random", 1, seed=8)
-        with pytest.raises(ValueError, match="layer '0': omega: got other positions"):
+        base[4] = nn.Linear(6, 5)
+        with pytest.raises(ValueError, match=r"layer '4': weight: got shape and rank .5, 6, 4., want .4, 6, 4."):
+            svft.load_adapter(base, path)
+        assert not svd_calls
+        model = svft.inject(mlp(), ["0", "2"])
+        svft.inject(model, ["4"], rank=3)
+        with pytest.raises(ValueError, match=r"layer '4': weight: got shape and rank .4, 6, 3., want .4, 6, 4."):
             svft.load_adapter(model, path)
-        svft.save_adapter(svft.inject(copy.deepcopy(base), ["0"]), path)
+
+    def test_a_layer_that_the_file_does_not_have_is_refused(self, saved):
+        """Else it would keep what it has, and the model would be neither the old one nor the saved one."""
+        base, _, path = saved
+        svft.save_adapter(randomize(svft.inject(copy.deepcopy(base), ["0"])), path)
         with pytest.raises(ValueError, match=r"got nothing for \['2', '4'\]"):
             svft.load_adapter(svft.inject(base, ["0", "2", "4"]), path)
 
     @pytest.mark.parametrize("columns", [1, 3])
     def test_flipped_signs_are_refused(self, saved, columns):
         """Another valid SVD of the same weight: a few (u_i, v_i) negated. The update would be another one."""
-        base, _, path = saved
+        base, model, path = saved
         svd = compute_svd(base[2].weight)
         s = torch.ones(6)
         s[:columns] = -1
         flipped = SVD(svd.U * s, svd.S, svd.Vh * s[:, None])
-        model = svft.inject(base, ["0", "4"], "random", 1, seed=7)
-        model[2] = SVFTLinear(model[2], torch.load(path)["layers"]["2"]["omega"], svd=flipped)
-        assert torch.equal(model[2].merged_weight(), base[2].merged_weight())  # at m = 0 no one can tell
-        before = snapshot(model)
+        fresh = svft.inject(base, ["0", "4"], "random", 1, seed=7)
+        fresh[2] = SVFTLinear(fresh[2], model[2].omega, svd=flipped)
+        near(fresh[2].merged_weight(), base[2].merged_weight(), 1e-6)  # at m = 0 no one can tell
+        before = snapshot(fresh)
         with pytest.raises(ValueError, match=r"layer '2': m: got an update that differs .* by [012]\.?\d*"):
-            svft.load_adapter(model, path)
-        assert_untouched(model, before)
+            svft.load_adapter(fresh, path)
+        assert_untouched(fresh, before)
 
-    def test_a_rotated_degenerate_subspace_is_refused_unless_the_bases_were_saved(self, tmp_path):
-        """Equal singular values leave the vectors free to rotate: only the stored bases still name the update."""
-        W = degenerate(0)
+    def test_equal_singular_values_are_warned_of_and_a_rotated_subspace_is_refused(self, tmp_path):
+        """Equal values leave the vectors free to rotate, rank-deficient weights too. A state_dict holds the vectors."""
+        W, R = degenerate(0), degenerate(1)
         base = nn.Sequential(nn.Linear(6, 6))
         base[0].weight.data.copy_(W)
-        R = degenerate(1)  # W = W I I^T = (W R) I (R^T): two SVDs of one weight
-        rotated = SVD(W @ R, torch.ones(6), R.T)
+        rotated = SVD(W @ R, torch.ones(6), R.T)  # W = W I I^T = (W R) I (R^T): two SVDs of one weight
         model = randomize(nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=rotated)))
-        want = model[0].merged_weight().detach()
-        with pytest.warns(UserWarning, match="use bases=True"):
-            svft.save_adapter(model, tmp_path / "without.pt")
-        svft.save_adapter(model, tmp_path / "with.pt", bases=True)
+        with pytest.warns(UserWarning, match=r"\['0'\] have equal singular values: .* state_dict"):
+            svft.save_adapter(model, tmp_path / "a.npz")
         for target in (copy.deepcopy(base), svft.inject(copy.deepcopy(base), ["0"], "banded", 1)):
             before = snapshot(target)
-            with pytest.raises(ValueError, match="not unique: save with bases=True"):
-                svft.load_adapter(target, tmp_path / "without.pt")
+            with pytest.raises(ValueError, match="its singular values repeat: move a state_dict instead"):
+                svft.load_adapter(target, tmp_path / "a.npz")
             assert_untouched(target, before)
-            near(svft.load_adapter(target, tmp_path / "with.pt")[0].merged_weight(), want, 1e-5)
-        for other in (nn.Sequential(nn.Linear(6, 6)), svft.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], "banded", 1)):
-            with pytest.raises(ValueError, match="layer '0': svd: got factors with a relative error"):
-                svft.load_adapter(other, tmp_path / "with.pt")  # stored bases must still be an SVD of the weight
-
-    def test_the_full_svd_always_stores_its_bases(self, tmp_path, monkeypatch):
-        """Its extra columns are an arbitrary choice of LAPACK's: a build that chooses otherwise must not matter."""
-        base = nn.Sequential(nn.Linear(3, 6))
-        every = torch.cartesian_prod(torch.arange(6), torch.arange(3)).T
-        model = randomize(svft.inject(copy.deepcopy(base), ["0"], every, full_matrices=True))
-        svft.save_adapter(model, tmp_path / "a.pt")
-        real = torch.linalg.svd
-
-        def another_choice(W, full_matrices):
-            U, S, Vh = real(W, full_matrices=full_matrices)
-            return torch.cat([U[:, :3], U[:, 3:] @ real(torch.randn(3, 3).double())[0]], 1), S, Vh
-
-        monkeypatch.setattr(torch.linalg, "svd", another_choice)
-        elsewhere = svft.inject(copy.deepcopy(base), ["0"], every, full_matrices=True)
-        for target in (copy.deepcopy(base), elsewhere):
-            near(svft.load_adapter(target, tmp_path / "a.pt")[0].merged_weight(), model[0].merged_weight(), 1e-5)
-
-    @pytest.mark.parametrize("how", [{"full_matrices": True}, {"rank": 3}])
-    def test_an_adapter_over_another_kind_of_svd_is_refused_whole(self, tmp_path, how):
-        """Stored bases of other sizes than the model's: nothing is loaded, not even into the layers that fit."""
-        base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
-        model = randomize(svft.inject(copy.deepcopy(base), ["0", "1"], "plain", **how))
-        svft.save_adapter(model, tmp_path / "a.pt", bases=True)
-        other = svft.inject(base, ["0"], model[0].omega)
-        svft.inject(other, ["1"], model[1].omega)
-        before = snapshot(other)
-        with pytest.raises(ValueError, match=r"layer '[01]': svd: got U .*, the adapter's"):
-            svft.load_adapter(other, tmp_path / "a.pt")
-        assert_untouched(other, before)
-
-    def test_loading_stored_bases_changes_this_model_alone(self, tmp_path):
-        """Layers built from one SVD, and the caller's own factors, keep theirs."""
-        base = nn.Sequential(nn.Linear(6, 6))
-        base[0].weight.data.copy_(degenerate(0))
-        svd, R = compute_svd(base[0].weight), degenerate(1)
-        a, b = (randomize(nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=svd))) for _ in "ab")
-        rotated = randomize(
-            nn.Sequential(SVFTLinear(base[0], "banded", 1, svd=SVD(degenerate(0) @ R, torch.ones(6), R.T)))
-        )
+        target.load_state_dict(model.state_dict())
+        near(target[0].merged_weight(), model[0].merged_weight(), 1e-6)
+        base[0].weight.data.copy_(torch.outer(torch.arange(1.0, 7), torch.ones(6)) + torch.eye(6)[:1])  # of rank 2
+        for dtype in (torch.float32, torch.float64):
+            with pytest.warns(UserWarning, match="equal singular values"):
+                svft.save_adapter(randomize(svft.inject(copy.deepcopy(base).to(dtype), ["0"])), tmp_path / "a.npz")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            svft.save_adapter(rotated, tmp_path / "a.pt", bases=True)
-        was = svd.U.clone(), b[0].merged_weight().detach()
-        svft.load_adapter(a, tmp_path / "a.pt")
-        near(a[0].merged_weight(), rotated[0].merged_weight(), 1e-5)
-        assert torch.equal(svd.U, was[0]) and torch.equal(b[0].merged_weight(), was[1])
+            svft.save_adapter(randomize(svft.inject(nn.Sequential(nn.Linear(99, 99)), ["0"])), tmp_path / "a.npz")
 
-    def test_saving_warns_of_what_will_not_come_back_or_was_never_trained(self, tmp_path):
-        """Signs that compute_svd would not give; an m that stayed zero while others moved (a weight read past forward)."""
-        svd = compute_svd(degenerate(3))
+    def test_the_full_svd_of_a_rectangular_weight_is_refused_with_the_way_out(self, tmp_path):
+        """Its extra columns are an arbitrary choice of LAPACK's: only a state_dict keeps them. A square one is saved."""
+        model = randomize(svft.inject(nn.Sequential(nn.Linear(3, 6)), ["0"], full_matrices=True))
+        with pytest.raises(ValueError, match="layer '0': full_matrices: got the full SVD .*state_dict"):
+            svft.save_adapter(model, tmp_path / "a.npz")
+        assert list(tmp_path.iterdir()) == []
+        square = randomize(svft.inject(nn.Sequential(nn.Linear(4, 4)), ["0"], full_matrices=True))
+        svft.save_adapter(square, tmp_path / "a.npz")
 
-        def flipped(pattern, signs):
-            svd_of = SVD(svd.U * signs, svd.S, svd.Vh * signs[:, None])
-            return randomize(nn.Sequential(SVFTLinear(with_weight(degenerate(3))[2], pattern, svd=svd_of)))
+    def test_saving_warns_of_what_trains_and_is_not_in_the_file(self, tmp_path):
+        """A trained head, which load_adapter would bring back as it was: it is named. README shows how to keep it."""
+        model = randomize(svft.inject(mlp(), ["0"]))
+        model[4].requires_grad_(True)
+        with pytest.warns(UserWarning, match=r"\['4.weight', '4.bias'\] train too and are not in the file"):
+            svft.save_adapter(model, tmp_path / "a.npz")
 
-        one = torch.where(torch.arange(len(svd.S)) == 1, -1.0, 1.0)
-        with pytest.warns(UserWarning, match="layer '0': no plain model will have these signs; use bases=True"):
-            svft.save_adapter(flipped("banded", one), tmp_path / "a.pt")
-        with warnings.catch_warnings():  # m_ij changes its sign with u_i and once more with v_j
-            warnings.simplefilter("error")
-            svft.save_adapter(flipped("plain", one), tmp_path / "a.pt")
-            svft.save_adapter(flipped("banded", -torch.ones_like(one)), tmp_path / "a.pt")
-        half = randomize(svft.inject(nn.Sequential(plain_layer(32, 32, dtype=torch.bfloat16, seed=4)), ["0"]))
-        assert (half[0].U.amax(0) == -half[0].U.amin(0)).any()  # rounded, two entries of a u_i are the largest
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            svft.save_adapter(half, tmp_path / "a.pt")
-        svft.load_adapter(nn.Sequential(plain_layer(32, 32, dtype=torch.bfloat16, seed=4)), tmp_path / "a.pt")
-        model = randomize(svft.inject(mlp(), ["0", "2"]))
-        with torch.no_grad():
-            model[2].m.zero_()
-        with pytest.warns(UserWarning, match=r"m is still zero in \['2'\]"):
-            svft.save_adapter(model, tmp_path / "a.pt")
+    def test_saving_warns_of_an_m_that_is_still_zero(self, tmp_path):
+        """Its weight is read past forward, or the optimiser was made before inject: then nothing was trained."""
+        model = svft.inject(mlp(), ["0", "2"])
+        with pytest.warns(UserWarning, match="every m is still zero: was the optimizer made before inject"):
+            svft.save_adapter(model, tmp_path / "a.npz")
+        randomize(model)[2].m.data.zero_()
+        with pytest.warns(UserWarning, match=r"m of \['2'\] is still zero"):
+            svft.save_adapter(model, tmp_path / "a.npz")
 
-    def test_names_in_the_file_are_the_models_own(self, saved, tmp_path):
-        """Saved through torch.compile's wrapper, loaded under a default device: the same file, the same model."""
-        base, model, path = saved
-        svft.save_adapter(torch.compile(model), tmp_path / "compiled.pt")
-        with torch.device("meta"):
-            loaded = svft.load_adapter(copy.deepcopy(base), tmp_path / "compiled.pt", cache_dir=tmp_path / "svd")
-        assert torch.equal(loaded[4].m, model[4].m)
-        assert torch.load(path)["sha256"] == torch.load(tmp_path / "compiled.pt")["sha256"]
-
+    @pytest.mark.filterwarnings("ignore:save_adapter. every m is still zero")
     def test_an_untrained_adapter_fits_any_base_of_its_shapes(self, tmp_path):
         """m = 0 is no update at all."""
-        svft.save_adapter(svft.inject(mlp(), ["0"]), tmp_path / "a.pt")
-        assert svft.load_adapter(mlp(seed=3), tmp_path / "a.pt")[0].m.count_nonzero() == 0
-
-    def damage(name, path):  # noqa: N805
-        content = torch.load(path)
-        if name == "truncated":
-            path.write_bytes(path.read_bytes()[:-300])
-        elif name == "empty":
-            path.write_bytes(b"")
-        elif name == "altered m":
-            content["layers"]["2"]["m"][0] += 1e-4
-            torch.save(content, path)
-        elif name == "altered name":
-            content["layers"]["1"] = content["layers"].pop("2")
-            torch.save(content, path)
-        elif name == "another format":
-            torch.save({**content, "format": "svft 0"}, path)
-        elif name == "a state_dict":
-            torch.save(mlp().state_dict(), path)
-        elif name == "text":
-            path.write_text("hello")
-        elif name == "a pickle that runs code":
-            path.write_bytes(pickle.dumps(MakeFile(path.parent / "owned")))
-        elif name == "a zip whose pickle runs code":
-            torch.save(MakeFile(path.parent / "owned"), path)
+        svft.save_adapter(svft.inject(mlp(), ["0"]), tmp_path / "a.npz")
+        assert svft.load_adapter(mlp(seed=3), tmp_path / "a.npz")[0].m.count_nonzero() == 0
 
     @pytest.mark.parametrize(
-        "how",
-        ["truncated", "empty", "altered m", "altered name", "another format", "a state_dict", "text"]
-        + ["a pickle that runs code", "a zip whose pickle runs code"],
+        "spoil, said",
+        {
+            "a moving average over buffers": (
+                lambda layer: layer.omega.mul_(9).add_(layer.omega.flip(1)).div_(10, rounding_mode="trunc"),
+                "omega: got unsorted or repeated positions",
+            ),
+            "NaN in m": (lambda layer: layer.m[0].fill_(math.nan), "m: got NaN or inf"),
+            "W0 merged into": (lambda layer: layer.weight.add_(torch.eye(6), alpha=0.01), "svd: got factors .* W0"),
+            "W0 tied to another": (lambda layer: setattr(layer, "weight", mlp(seed=1)[2].weight), "svd: got factors"),
+            "rounded and back": (
+                lambda layer: layer.bfloat16().float(),
+                "svd: got factors with a relative error of 0.00",
+            ),
+            "a bfloat16 state_dict": (
+                lambda layer: layer.load_state_dict(copy.deepcopy(layer).bfloat16().state_dict()),
+                "svd: got factors with a relative error of 0.00",
+            ),
+            "offloaded": (lambda layer: layer.to("meta"), r"layer: got weights on meta \(offloaded\?\)"),
+        }.values(),
+        ids=["averaged-omega", "NaN", "W0-merged-into", "W0-tied", "rounded", "bfloat16-state", "on-meta"],
     )
-    def test_a_file_that_is_no_whole_adapter_is_refused(self, saved, how):
-        """A checksum over everything in it; read with weights_only=True, so that nothing in it is run."""
-        base, _, path = saved
-        TestAdapterFile.damage(how, path)
-        before = snapshot(base)
-        with pytest.raises(ValueError, match="adapter.pt: got no whole adapter file"):
-            svft.load_adapter(base, path)
-        assert_untouched(base, before)
-        assert not (path.parent / "owned").exists()
-
-    def test_saving_refuses_nan_and_keeps_the_old_file_when_it_fails(self, saved, monkeypatch):
-        """The last good adapter survives: a NaN in m, or a full disk, overwrites nothing."""
-        _, model, path = saved
-        was = path.read_bytes()
-        monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("no space left")))
-        with pytest.raises(RuntimeError, match="no space left"):
-            svft.save_adapter(model, path)
+    @pytest.mark.parametrize("act", [svft.merge, lambda m: svft.save_adapter(m, "a.npz")], ids=["merge", "save"])
+    def test_a_layer_whose_parts_no_longer_belong_together_is_refused(self, act, spoil, said, tmp_path, monkeypatch):
+        """Omega sorted, m finite, and U, S, Vh still the SVD of W0: else merge and save would give something else."""
+        monkeypatch.chdir(tmp_path)
+        model = randomize(svft.inject(mlp(), ["0", "2"]))
         with torch.no_grad():
-            model[4].m[1] = math.nan
-        with pytest.raises(ValueError, match="layer '4': m: got NaN"):
-            svft.save_adapter(model, path)
-        assert path.read_bytes() == was and [p.name for p in path.parent.iterdir()] == ["adapter.pt"]
+            spoil(model[2])
+        before = snapshot(model)[0]
+        with pytest.raises(ValueError, match=f"layer '2': {said}"):
+            act(model)
+        assert snapshot(model)[0] == before and list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("order", ["convert-then-inject", "inject-then-convert"])
+    @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
+    def test_half_precision_factors_fit_to_their_own_rounding(self, dtype, order, keep, tmp_path):
+        """The same check, to the rounding of the dtype that the layer has."""
+        model = mlp(width=40).to(dtype) if order == "convert-then-inject" else mlp(width=40)
+        model = randomize(svft.inject(model, ["0", "2", "4"], keep_weight=keep).to(dtype))
+        svft.save_adapter(model, tmp_path / "a.npz")
+        if order == "convert-then-inject":
+            svft.load_adapter(mlp(width=40).to(dtype), tmp_path / "a.npz")
+        assert type(svft.merge(model)[2]) is nn.Linear
+
+    def test_saving_through_a_link_keeps_the_link_and_bad_places_are_named(self, saved, tmp_path):
+        """The file behind a symbolic link is replaced, not the link; a folder is no file."""
+        _, model, path = saved
+        link = tmp_path / "link.npz"
+        link.symlink_to(path)
+        was = path.read_bytes()
+        svft.save_adapter(randomize(model, seed=1), link)
+        assert link.is_symlink() and path.read_bytes() != was
+        with pytest.raises(OSError, match="path: got .*want a file in a folder that exists"):
+            svft.save_adapter(model, tmp_path)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limit there")
+    def test_a_full_disk_names_the_file_and_keeps_the_old_one(self, saved, tmp_path):
+        """OSError with the file's name; the last good file stays, no temporary one; the cache is done without."""
+        base, model, path = saved
+        torch.save((base, model), tmp_path / "models.pt")
+        was = path.read_bytes()
+        code = """
+            import resource, sys, torch, warnings, svft
+            base, model = torch.load("models.pt", weights_only=False)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+            try:
+                svft.save_adapter(model, "adapter.npz")
+            except OSError as error:
+                assert error.filename.endswith("adapter.npz") and "adapter.npz" in str(error), error
+            else:
+                raise SystemExit("saved")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                svft.inject(base, ["0", "2"], cache_dir="cache")
+            assert len(caught) == 1 and "cannot write in 'cache'" in str(caught[0].message), caught
+        """
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=env, check=True)
+        assert path.read_bytes() == was
+        assert sorted(p.name for p in tmp_path.rglob("*")) == ["adapter.npz", "cache", "models.pt"]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_kill_9_at_any_moment_leaves_no_half_file_under_the_real_name(self, saved, tmp_path):
+        """Before, in the middle of and after the write, before and after the rename: the old file or the new one."""
+        _, model, path = saved
+        torch.save(model, tmp_path / "model.pt")
+        was = path.read_bytes()
+        code = """
+            import builtins, os, signal, torch, svft
+            torch.set_num_threads(1)
+            model = torch.load("model.pt", weights_only=False)
+            model[0].m.data += 1
+            die = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+            real = svft.open if hasattr(svft, "open") else open, os.fsync, os.replace
+
+            class Half:
+                def __init__(self, *a): self.file = real[0](*a)
+                def __enter__(self): return self
+                def __exit__(self, *a): pass
+                def write(self, content): self.file.write(content[: len(content) // 2]); self.file.flush(); die()
+
+            for moment in range(4):
+                if os.fork() == 0:
+                    if moment == 0: svft.open = Half
+                    if moment == 1: os.fsync = die
+                    if moment == 2: os.replace = die
+                    if moment == 3: os.replace = lambda a, b: (real[2](a, b), die())
+                    svft.save_adapter(model, "adapter.npz")
+                    os._exit(0)
+                assert os.wait()[1] == signal.SIGKILL
+                print(hash(open("adapter.npz", "rb").read()))
+        """
+        env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONHASHSEED": "0"}
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seen = done.stdout.split()
+        assert seen[0] == seen[1] == seen[2] != seen[3] and path.read_bytes() != was
+        svft.load_adapter(mlp(), path)
+
+
+def forged(path, base):
+    """Forged and foreign files in the place of a good one, one after the other; each by its name."""
+    good = path.read_bytes()
+    with np.load(path) as file:
+        arrays = dict(file)
+    omega, m, probes, shape = (arrays[f"2/{part}"] for part in ("omega", "m", "probes", "shape"))
+    k = len(m)
+    changes = {
+        "no format": {"format": None},
+        "another format": {"format": np.array("svft 3")},
+        "a format of two": {"format": np.array(["svft 2", "svft 2"])},
+        "an object for a format": {"format": np.array({"a": 1}, dtype=object)},
+        "no layer at all": {name: None for name in arrays if name != "format"},
+        "one array more": {"2/more": m},
+        "an array of no layer": {"more": m},
+        "a layer without m": {"2/m": None},
+        "omega of floats": {"2/omega": omega.astype(float)},
+        "omega of int32": {"2/omega": omega.astype(np.int32)},
+        "omega turned": {"2/omega": omega.T},
+        "omega too short": {"2/omega": omega[:, 1:]},
+        "omega empty": {"2/omega": omega[:, :0], "2/m": m[:0]},
+        "omega unsorted": {"2/omega": omega[:, ::-1]},
+        "omega repeated": {"2/omega": omega[:, [0, *range(k - 1)]]},
+        "omega outside": {"2/omega": omega + 6},
+        "omega negative": {"2/omega": omega - 6},
+        "omega enormous": {"2/omega": omega + 2**62},
+        "m a column": {"2/m": m[:, None]},
+        "m of integers": {"2/m": m.astype(np.int64)},
+        "m of half": {"2/m": m.astype(np.float16)},
+        "m complex": {"2/m": m.astype(complex)},
+        "m of text": {"2/m": m.astype(str)},
+        "m with NaN": {"2/m": m * np.nan},
+        "m with inf": {"2/m": np.where(np.arange(k) == 3, np.inf, m)},
+        "m too large for the layer": {"2/m": m.astype(np.float64) * 1e39},
+        "m a scalar": {"2/m": m[0]},
+        "m of objects": {"2/m": m.astype(object)},
+        "probes of inf": {"2/probes": probes + np.inf},
+        "probes of NaN": {"2/probes": probes * np.nan},
+        "probes of zero": {"2/probes": probes * 0},
+        "probes of float32": {"2/probes": probes.astype(np.float32)},
+        "probes too few": {"2/probes": probes[:15]},
+        "probes of another update": {"2/probes": 1.01 * probes},
+        "m of another update": {"2/m": m[::-1].copy()},
+        "shape of floats": {"2/shape": shape.astype(float)},
+        "shape of two": {"2/shape": shape[:2]},
+        "shape negative": {"2/shape": -shape},
+        "rank zero": {"2/shape": np.array([6, 6, 0])},
+        "rank over n": {"2/shape": np.array([6, 6, 7])},
+        "another rank": {"2/shape": np.array([6, 6, 5])},
+        "another layer's shape": {"2/shape": np.array([6, 5, 5])},
+        "an unknown layer": {f"5/{part}": arrays[f"2/{part}"] for part in ("omega", "m", "probes", "shape")},
+        "a layer that is none": {f"1/{part}": arrays[f"2/{part}"] for part in ("omega", "m", "probes", "shape")},
+    }
+    for name, change in changes.items():
+        rewritten(path, **change)
+        yield name
+        path.write_bytes(good)
+    foreign = {
+        "empty": b"",
+        "text": b"hello",
+        "a pickle that runs code": pickle.dumps(MakeFile(path.parent / "owned")),
+        "nested lists": pickle.dumps([[]] * 99),
+        "a zip of something else": None,
+        "a state_dict": None,
+        "a pickle in a zip": None,
+        "one array": None,
+    }
+    for name, content in foreign.items():
+        if content is not None:
+            path.write_bytes(content)
+        elif name == "a zip of something else":
+            with zipfile.ZipFile(path, "w") as file:
+                file.writestr("format.npy", b"svft 2")
+        elif name == "one array":
+            with open(path, "wb") as file:
+                np.save(file, m)
+        else:
+            torch.save(base.state_dict() if name == "a state_dict" else MakeFile(path.parent / "owned"), path)
+        yield name
+        path.write_bytes(good)
+
+
+class TestDamagedAdapterFiles:
+    @pytest.mark.parametrize("into", ["plain", "injected"])
+    def test_a_forged_or_foreign_file_is_refused_by_name_and_nothing_changes(self, saved, into, svd_calls):
+        """52 of them: none is executed, none half applied. What can be seen in the file is seen before any SVD."""
+        base, _, path = saved
+        model = svft.inject(base, ["0", "2", "4"]) if into == "injected" else base
+        before, names = snapshot(model), []
+        by_probes = {"probes of zero", "probes of another update", "m of another update", "m too large for the layer"}
+        for name in forged(path, mlp()):
+            svd_calls.clear()
+            with pytest.raises((ValueError, TypeError), match="adapter.npz: got|layer '[1245]': ") as caught:
+                svft.load_adapter(model, path)
+            assert "want" in str(caught.value), name
+            assert name in by_probes or not svd_calls, name
+            assert_untouched(model, before)
+            names.append(name)
+        assert len(names) == len(set(names)) == 52 and not (path.parent / "owned").exists()
+        svft.load_adapter(model, path)
+
+    def test_a_damaged_file_is_refused_or_is_still_the_same_adapter(self, saved):
+        """160 flipped bits and 40 lengths: refused by name, but for bits that no content depends on, as a date's."""
+        base, want, path = saved
+        whole, refused = path.read_bytes(), 0
+        model = svft.inject(base, ["0", "2", "4"])
+        start = snapshot(model)
+        lengths = np.linspace(0, len(whole) - 1, 40).astype(int)
+        for content in (*flipped_bits(whole, 160), *(whole[:n] for n in lengths)):
+            path.write_bytes(content)
+            try:
+                loaded = svft.load_adapter(copy.deepcopy(model), path)
+            except ValueError as error:
+                assert re.search("adapter.npz: got|layer '[024]': m: got", str(error)), error
+                refused += 1
+            else:
+                assert all(torch.equal(loaded[i].m, want[i].m) for i in (0, 2, 4))
+                assert all(torch.equal(loaded[i].omega, want[i].omega) for i in (0, 2, 4))
+        assert refused > 150
+        assert_untouched(model, start)
 
 
 # ---------------------------------------------------------------- Hugging Face, DDP, FSDP2
@@ -1511,15 +1923,17 @@ class TestHuggingFace:
         hf.Trainer(model, args, train_dataset=rows).train()
         assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
         assert all(m.m.abs().max() > 1e-3 for m in model.modules() if isinstance(m, SVFTLinear))
-        svft.save_adapter(model, tmp_path / "a.pt")
-        fresh = svft.load_adapter(tiny(hf, kind)[0], tmp_path / "a.pt")
+        svft.save_adapter(model, tmp_path / "a.npz")
+        fresh = svft.load_adapter(tiny(hf, kind)[0], tmp_path / "a.npz")
         near(fresh(rows[0]["input_ids"][None]).logits, model.eval()(rows[0]["input_ids"][None]).logits, 1e-5)
 
     def test_tied_weights_are_refused(self, hf):
         """GPT-2's head is its embedding: adapting it would change both."""
         model, _ = tiny(hf, "gpt2")
         before = snapshot(model)
-        with pytest.raises(ValueError, match=r"layer 'lm_head': weight: got one shared with 'transformer\.wte'"):
+        with pytest.raises(
+            ValueError, match=r"layer 'lm_head': weight: got one shared by \['transformer.wte', 'lm_head'\]"
+        ):
             svft.inject(model, ["lm_head"])
         assert_untouched(model, before)
 
@@ -1555,7 +1969,7 @@ def two_process_jobs(rank, folder):
     model = svft.inject(mlp(), ["0", "2", "4"])
     wrapper = steps(nn.parallel.DistributedDataParallel(model), half)
     if rank == 0:
-        svft.save_adapter(wrapper, folder / "ddp.pt")
+        svft.save_adapter(wrapper, folder / "ddp.npz")
 
     model = svft.inject(mlp(width=64), ["0", "2", "4"])
     whole = {n: p.numel() for n, p in model.named_parameters()}
@@ -1564,14 +1978,14 @@ def two_process_jobs(rank, folder):
     for name, p in model.named_parameters():
         assert abs(p.to_local().numel() - whole[name] / 2) <= whole[name] / p.shape[0], name  # half, to one row
     steps(model, half)
-    svft.save_adapter(model, folder / "fsdp.pt")  # on every rank
+    svft.save_adapter(model, folder / "fsdp.npz")  # on every rank
     at_root = svft.inject(mlp(), ["0"])
     fully_shard(at_root)
     at_root(torch.randn(2, 5))  # the root's weights stay gathered after a forward: plain, for the time being
     for sharded in (model, at_root):
         for refused in (
             svft.merge,
-            lambda m: svft.load_adapter(m, folder / "fsdp.pt"),
+            lambda m: svft.load_adapter(m, folder / "fsdp.npz"),
             lambda m: svft.inject(m, ["2"]),
         ):
             with pytest.raises(TypeError, match="model: got a sharded one"):
@@ -1586,7 +2000,7 @@ class TestDistributed:
         torch.multiprocessing.spawn(spawned, args=(str(tmp_path), two_process_jobs), nprocs=2)
         for kind, width in (("ddp", 6), ("fsdp", 64)):
             alone = steps(svft.inject(mlp(width=width), ["0", "2", "4"]), slice(None))
-            together = svft.load_adapter(mlp(width=width), tmp_path / f"{kind}.pt")
+            together = svft.load_adapter(mlp(width=width), tmp_path / f"{kind}.npz")
             for i in (0, 2, 4):
                 assert alone[i].m.abs().max() > 1e-2
                 near(together[i].m, alone[i].m, 1e-5)
@@ -1639,7 +2053,6 @@ BAD = [
     ("weight on meta", lambda m: compute_svd(torch.ones(2, 3, device="meta")), ValueError, "weight: got a meta tensor"),
     ("weight with NaN", lambda m: compute_svd(W * math.nan), ValueError, "weight: got NaN or inf"),
     ("weight with inf", lambda m: compute_svd(W / 0), ValueError, "weight: got NaN or inf"),
-    ("LAPACK has no half", lambda m: compute_svd(W, dtype=torch.float16), ValueError, "dtype: got torch.float16"),
     ("rank zero", lambda m: compute_svd(W, rank=0), ValueError, "rank: got 0"),
     ("rank negative", lambda m: compute_svd(W, rank=-1), ValueError, "rank: got -1"),
     ("rank a float", lambda m: compute_svd(W, rank=2.0), TypeError, "rank: got 2.0, want an int"),
@@ -1668,6 +2081,7 @@ BAD = [
     ("omega empty", lambda m: svft.term_rank(O[:, :0]), ValueError, r"omega: got shape \(2, 0\)"),
     ("omega unsorted", lambda m: svft.term_rank(O.flip(1)), ValueError, "omega: got unsorted or repeated"),
     ("omega repeated", lambda m: svft.term_rank(O[:, [0, 0, 1]]), ValueError, "omega: got unsorted or repeated"),
+    ("omega with indices near 2**33, unsorted", lambda m: svft.term_rank(torch.tensor([[1, 1, 2], [2**33, 2**33 - 1, 0]])), ValueError, "omega: got unsorted"),
     ("omega negative", lambda m: svft.term_rank(O - 1), ValueError, "omega: got i, j from"),
     ("omega outside M", lambda m: inject_2(m, pattern=omega_plain(7, 7)), ValueError, "layer '2': omega: got i, j from"),
     ("pattern unknown", lambda m: inject_2(m, pattern="diagonal"), ValueError, "layer '2': pattern: got 'diagonal'"),
@@ -1679,10 +2093,8 @@ BAD = [
     ("top-k in a rectangular layer", lambda m: svft.inject(m, ["2", "4"], "top_k"), ValueError, "layer '4': top_k: got"),
     ("path unknown", lambda m: inject_2(m, path="sparse"), ValueError, "path: got 'sparse'"),
     ("gather without W0", lambda m: inject_2(m, path="gather", keep_weight=False), ValueError, "path: got 'gather'"),
-    ("fused with a truncated SVD", lambda m: inject_2(m, path="fused", rank=2), ValueError, "path: got 'fused' .*2 of 6, would change W0"),
-    ("no W0 and a truncated SVD", lambda m: inject_2(m, keep_weight=False, rank=2), ValueError, "path: got 'auto' with keep_weight=False.*2 of 6"),
-    ("fused in half", lambda m: inject_2(m.half(), path="fused"), ValueError, "path: got 'fused' .*torch.float16 factors"),
-    ("no W0 in half", lambda m: inject_2(m.bfloat16(), keep_weight=False), ValueError, "path: got 'auto' with keep_weight=False.*torch.bfloat16 factors"),
+    ("fused with a truncated SVD", lambda m: inject_2(m, path="fused", rank=2), ValueError, "path: got 'fused' .*rank 2 of 6, want W0 kept and no 'fused'"),
+    ("no W0 and a truncated SVD", lambda m: inject_2(m, keep_weight=False, rank=2), ValueError, "path: got 'auto' with keep_weight=False and rank 2 of 6"),
     ("an unknown option", lambda m: inject_2(m, ranks=2), TypeError, "layer '2': options: got .'ranks'., want"),
     ("plain with a negative d", lambda m: svft.inject(m, ["2"], "plain", -1), ValueError, "layer '2': d: got -1"),
     ("no folder to save in", lambda m: svft.save_adapter(m, "no/a.pt"), FileNotFoundError, "path: got 'no/a.pt', want"),
@@ -1691,6 +2103,7 @@ BAD = [
     ("svd of other shapes", lambda m: inject_2(m, svd=compute_svd(W)), ValueError, "svd: got shapes"),
     ("svd not orthonormal", lambda m: inject_2(m, svd=SVD(m[2].weight, torch.ones(6), torch.eye(6))), ValueError, "svd: got"),
     ("svd of a scalar S", lambda m: inject_2(m, svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6))), ValueError, "svd: got shapes"),
+    ("svd with dtype=", lambda m: inject_2(m, dtype=torch.float32), TypeError, "layer '2': options: got .'dtype'."),
     ("svd in bfloat16", lambda m: inject_2(m, svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight)))), ValueError, "svd: got factors"),
     ("svd with negative S", lambda m: inject_2(m, svd=(lambda v: SVD(-v.U, -v.S, v.Vh))(compute_svd(m[2].weight))), ValueError, "Sigma sorted, >= 0"),
     ("x a scalar", lambda m: SVFTLinear(m[2])(torch.tensor(1.0)), ValueError, "x: got shape"),
@@ -1704,7 +2117,7 @@ BAD = [
     ("targets of numbers", lambda m: svft.inject(m, [2]), TypeError, r"target_modules: got \[2\]"),
     ("targets empty", lambda m: svft.inject(m, []), ValueError, r"target_modules: got \[\]"),
     ("targets an empty string", lambda m: svft.inject(m, ""), ValueError, "target_modules: got ''"),
-    ("targets match nothing", lambda m: svft.inject(m, ["7"]), ValueError, "'7', which matches nothing"),
+    ("targets match nothing", lambda m: svft.inject(m, ["7"]), ValueError, r"\['7'\], which matches nothing; want among 0, 2, 4"),
     ("targets no regular expression", lambda m: svft.inject(m, "2("), ValueError, r"target_modules: got '2\('"),
     ("target no linear layer", lambda m: svft.inject(m, ["1"]), TypeError, "layer '1': base: got torch.nn.modules.activation.Tanh"),
     ("target the whole model", lambda m: svft.inject(m, ".*"), TypeError, "layer '': base: got .*Sequential"),
@@ -1729,14 +2142,17 @@ BAD_MODELS = [
     ("weight-normed", wrapped(lambda m: nn.utils.parametrizations.weight_norm(m[2])), "2", TypeError, "Parametrized"),
     ("weight-normed, old way", wrapped(norm_old), "2", TypeError, "base: got .*weight_g.*weight_v"),
     ("pruned", wrapped(lambda m: nn.utils.prune.l1_unstructured(m[2], "weight", 3)), "2", TypeError, "base: got"),
+    ("a backward hook", wrapped(lambda m: m[2].register_full_backward_hook(print)), "2", ValueError, "got hooks"),
+    ("a state_dict hook", wrapped(lambda m: m[2].register_state_dict_post_hook(lambda *a: None)), "2", ValueError, "got hooks"),
+    ("another layer's forward", wrapped(lambda m: setattr(m[2], "forward", m[0].forward)), "2", ValueError, "got hooks or a forward"),
     ("a forward hook", wrapped(lambda m: m[2].register_forward_hook(print)), "2", ValueError, "got hooks"),
     ("a forward pre-hook", wrapped(lambda m: m[2].register_forward_pre_hook(print)), "2", ValueError, "got hooks"),
     ("a forward of its own", wrapped(lambda m: setattr(m[2], "forward", print)), "2", ValueError, "got hooks or a forward"),
     ("injected already", wrapped(lambda m: svft.inject(m, ["2"])), "2", TypeError, "got an SVFTLinear already"),
-    ("under two names", wrapped(lambda m: m.append(m[2])), "2", ValueError, "shared with '5'"),
-    ("a tied weight", wrapped(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)), "2", ValueError, "'5'"),
+    ("under two names", wrapped(lambda m: m.append(m[2])), "2", ValueError, r"shared by \['2', '5'\]"),
+    ("a tied weight", wrapped(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)), "2", ValueError, r"shared by \['2', '5'\]"),
     ("an attention's own projection", attention(), "a.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
-    ("an encoder layer's inner one", attention(), "e.linear1", ValueError, "inference reads the weight"),
+    ("an encoder layer's inner one", attention(), "e.linear1", ValueError, "got a part of another module"),
     ("an embedding", nn.ModuleDict({"wte": nn.Embedding(4, 3)}), "wte", TypeError, "base: got .*Embedding"),
     ("a bilinear layer", nn.ModuleDict({"b": nn.Bilinear(2, 2, 2)}), "b", TypeError, "base: got .*Bilinear"),
 ]
@@ -1914,16 +2330,15 @@ class TestMemory:
 
         Autocast adds the bf16 copies that it makes of what is multiplied, of a plain layer's weight and input too.
         """
-        if (path, kind) == ("fused", "bfloat16"):
-            return  # refused (D14)
         d1, d2, T = 96, 64, 40
         n, dtype = min(d1, d2), torch.bfloat16 if kind == "bfloat16" else torch.float32
         layer = randomize(SVFTLinear(plain_layer(d1, d2, dtype=dtype), "banded", d, path=path))
         x = torch.randn(T, d2).to(dtype).requires_grad_()
         small = 16 * len(layer.m) + 64 * d1  # embedding_bag's own index lists: some bytes an entry and a row
         dense = {"float32": 4 * d1 * d2, "bfloat16": 2 * d1 * d2 + 4 * n * d2, "autocast": 2 * d1 * d2}
-        copies = {"dense": d1 * n + T * d2, "gather": d1 * n + n * d2 + d1 * d2, "fused": 0}
+        copies = {"dense": d1 * n + T * d2, "gather": d1 * n + n * d2 + d1 * d2, "fused": d1 * n + n * d2 + n * T}
         limit = (dense[kind] if path == "dense" else 4 * n * T) + 2 * copies[path] * (kind == "autocast")
+        limit += 2 * n * T * (path == "fused" and kind == "bfloat16")  # what U is multiplied by, in bfloat16
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
             assert 0 < held_for_backward(layer, x) <= limit + small
 
@@ -2029,7 +2444,7 @@ class TestTheTrainingScript:
     def test_it_fine_tunes_and_says_what_it_did(self, untrained, tmp_path, capsys):
         """The default command, a few steps of it, or one: the loss falls, merged equals adapted, the adapter loads."""
         assert train_toy.main(["--steps", "1", "--cache", str(untrained)]) == 0 and capsys.readouterr().out
-        assert train_toy.main(["--steps", "12", "--cache", str(untrained), "--save", str(tmp_path / "a.pt")]) == 0
+        assert train_toy.main(["--steps", "12", "--cache", str(untrained), "--save", str(tmp_path / "a.npz")]) == 0
         said = capsys.readouterr().out
         before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+) nats per byte", said).groups())
         assert after < before - 0.05
@@ -2038,7 +2453,7 @@ class TestTheTrainingScript:
             float, re.search(r"merged - adapted +at most (\S+), of logits up to (\S+)", said).groups()
         )
         assert difference < 1e-4 * largest
-        model = svft.load_adapter(train_toy.pretrained(untrained, torch.device("cpu")), tmp_path / "a.pt")
+        model = svft.load_adapter(train_toy.pretrained(untrained, torch.device("cpu")), tmp_path / "a.npz")
         assert sum(m.m.count_nonzero() > 0 for m in model.modules() if isinstance(m, SVFTLinear)) == 16
 
     def test_under_torchrun_two_processes_train_and_one_prints(self, untrained):
