@@ -113,14 +113,11 @@ def compute_svd(
 
 
 def _svd(weight: Tensor, r1: int, r2: int) -> SVD:
-    start = time.perf_counter()
-    d1, d2 = weight.shape
     W = _exact(weight.detach())  # (d1, d2)
-    if d1 >= d2:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=r1 != r2)
-    else:  # LAPACK takes up to 1.7 times as long on a wide matrix as on its transpose
-        V, S, Uh = torch.linalg.svd(W.T, full_matrices=r1 != r2)
-        U, Vh = Uh.T, V.T
+    wide = W.shape[0] < W.shape[1]  # LAPACK takes up to 1.7 times as long on a wide matrix as on its transpose
+    U, S, Vh = torch.linalg.svd(W.T if wide else W, full_matrices=r1 != r2)
+    if wide:
+        U, Vh = Vh.T, U.T
     n = min(r1, r2)
     U, S, Vh = U[:, :r1], S[:n], Vh[:r2]
     # (-u_i, -v_i) fits as well as (u_i, v_i). M depends on the choice: make the largest entry of u_i positive (D2).
@@ -128,7 +125,6 @@ def _svd(weight: Tensor, r1: int, r2: int) -> SVD:
     sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)  # (1, r1)
     U = U * sign
     Vh = torch.cat([Vh[:n] * sign[:, :n].T, Vh[n:]])
-    log.info("SVD of a %d x %d weight computed in %.2f s", d1, d2, time.perf_counter() - start)
     return SVD(*(t.to(_wide(weight.dtype)).to(weight.device).contiguous() for t in (U, S, Vh)))
 
 
@@ -196,8 +192,8 @@ def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
     >>> omega_top_k(torch.eye(2), torch.tensor([[0.6, -0.8], [0.8, 0.6]]), 2).tolist()
     [[0, 1], [1, 0]]
     """
-    _check_matrix("U", U)
-    _check_matrix("Vh", Vh)
+    _check_weight(U, "U")
+    _check_weight(Vh, "Vh")
     if U.shape[0] != Vh.shape[1]:
         got = f"a {U.shape[0]} x {Vh.shape[1]} weight"
         raise ValueError(f"top_k: got {got}, want d1 = d2, or u_i . v_j is undefined; use 'banded' or 'random' here")
@@ -213,7 +209,7 @@ def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
 class SVFTLinear(nn.Module):
     """A frozen linear layer with a trained update: h = W0 x + U M V^T x + b, Eq. (1).
 
-    M U's product can be taken in two orders over one primitive, "sparse M times a dense matrix" (D11):
+    The product U M V^T x can be taken in two orders over one primitive, "sparse M times a dense matrix" (D11):
 
         dense    (W0 + U (M V^T)) x        builds a d1 x d2 matrix, then costs what a trained weight costs
         gather   W0 x + U (M (V^T x))      builds no d1 x d2 matrix: Eq. (1), left
@@ -254,7 +250,7 @@ class SVFTLinear(nn.Module):
         omega = _make_omega(pattern, svd, d, k, seed)  # (2, k)
 
         def frozen(t: Tensor, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(t.detach().to(W0.device, dtype), requires_grad=False)
+            return nn.Parameter(t.to(W0.device, dtype), requires_grad=False)
 
         wide = _wide(W0.dtype)
         self.out_features, self.in_features = W0.shape
@@ -379,7 +375,7 @@ def _dense_M(omega: Tensor, m: Tensor, r1: int, r2: int) -> Tensor:
 def _sparse_times(omega: Tensor, m: Tensor, r1: int, Z: Tensor) -> Tensor:
     """M Z, of the sparse M (r1, r2) and a dense Z (r2, c): (r1, c). Row i is the sum over j of m_ij Z_j (D11)."""
     omega = omega.to(Z.device)
-    if Z.device.type != "cpu" or not Z.numel():
+    if Z.device.type != "cpu" or Z.shape[1] == 0:
         # A GPU multiplies M as a dense matrix two to three times faster than it gathers. Backward keeps that matrix.
         return _dense_M(omega, m, r1, len(Z)).to(Z.dtype) @ Z
     # embedding_bag is zeros(r1, c).index_add_(0, i, m[:, None] * Z[j]), 6 to 20 times faster and without the k x c
@@ -584,18 +580,19 @@ def _for_each(layers: Mapping[str, Any], make: Callable[[str, Any], Any]) -> dic
 # ---------------------------------------------------------------- Files: .npz archives, which anyone can open
 
 FORMAT = "svft 2"  # of the adapter and cache files
+PARTS = ("omega", "m", "probes", "shape")  # what an adapter file holds of each layer
 _unwritable: set[Path] = set()  # cache folders that were warned of
 
 
 def save_adapter(model: nn.Module, path: StrPath) -> None:
     """Write Omega and m of every SVFTLinear in model to one .npz file, whole or not at all (D15).
 
-    For each layer NAME the file has NAME/omega, NAME/m, NAME/shape (d1, d2, r) and NAME/probes: a^T Delta W b for 16
-    fixed random a and b, by which load_adapter knows the base again. It does not have U, S and Vh: if singular values
-    repeat, or for the full SVD of a rectangular weight (refused), move the model's state_dict instead.
-    Under FSDP2 call it on every rank. Raises ValueError, naming the layer, for an m with NaN or inf, an omega that is
-    no longer sorted, or factors that no longer fit W0; OSError, naming the file. Warns of trained parameters that are
-    not in the file, of m's that are still zero, and of singular values that repeat.
+    For each layer NAME: NAME/omega, NAME/m, NAME/shape (d1, d2, r), and NAME/probes: a^T Delta W b for 16 fixed random
+    a and b, by which load_adapter knows the base again. U, S and Vh are not in the file: if singular values repeat, or
+    for the full SVD of a rectangular weight (refused), move the model's state_dict instead. Under FSDP2 call it on
+    every rank. Raises ValueError, naming the layer, for NaN or inf in m, an omega that is no longer sorted, or factors
+    that no longer fit W0; OSError, naming the file. Warns of trained parameters that are not in the file, of m's that
+    are still zero, and of singular values that repeat.
     """
     file = Path(os.path.realpath(path))  # a symbolic link keeps pointing where it did
     if file.is_dir() or not file.parent.is_dir():
@@ -607,14 +604,14 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
     own = {id(layer.m) for layer in layers.values()}
     if other := [_own_name(name) for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
         warnings.warn(f"save_adapter: {other} train too and are not in the file: save them yourself", stacklevel=2)
-    if zero := [name for name, entry in entries.items() if not entry.m.any()]:
+    if zero := [name for name, entry in entries.items() if not entry["m"].any()]:
         which = "every m" if len(zero) == len(layers) else f"m of {zero}"
         why = "was the optimizer made before inject, or is the weight read past forward?"
         warnings.warn(f"save_adapter: {which} is still zero: {why}", stacklevel=2)
     if repeated := [name for name, layer in layers.items() if _has_ties(layer.S)]:
         why = "another machine may find other vectors and refuse the file; a state_dict holds them"
         warnings.warn(f"save_adapter: {repeated} have equal singular values: {why}", stacklevel=2)
-    arrays = {f"{name}/{part}": array for name, entry in entries.items() for part, array in entry._asdict().items()}
+    arrays = {f"{name}/{part}": array for name, entry in entries.items() for part, array in entry.items()}
     _write(file, _npz({"format": np.array(FORMAT), **arrays}))
 
 
@@ -638,113 +635,96 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
         raise ValueError(f"{path}: got nothing for {missing}, want an entry for every SVFTLinear of the model")
     plain = {name: modules[name] for name in entries if name not in layers}
     _check_targets(model, plain)
-    _for_each(entries, lambda name, entry: _check_shape(entry, modules[name]))
+    _for_each(entries, lambda name, entry: _check_shape(modules[name], entry["shape"]))
 
     def layer_for(name: str, base: nn.Module) -> nn.Module:
-        _, _, r = entries[name].shape.tolist()
-        return SVFTLinear(base, torch.from_numpy(entries[name].omega), rank=r, cache_dir=cache_dir)
+        omega = torch.from_numpy(entries[name]["omega"])
+        return SVFTLinear(base, omega, rank=int(entries[name]["shape"][2]), cache_dir=cache_dir)
 
     new = _for_each(plain, layer_for)
     layers |= new
-    _for_each(entries, lambda name, entry: _check_update(entry, layers[name]))
+    _for_each(entries, lambda name, entry: _check_update(layers[name], **entry))
     for name, entry in entries.items():
         layer = layers[name]
-        layer.omega = torch.from_numpy(entry.omega).to(layer.omega.device)
-        layer.m.data = torch.from_numpy(entry.m).to(layer.m)  # the same Parameter as before: an optimizer may hold it
+        layer.omega = torch.from_numpy(entry["omega"]).to(layer.omega.device)
+        layer.m.data = torch.from_numpy(entry["m"]).to(layer.m)  # the same Parameter: an optimizer may hold it
         layer.m.grad = None
         layer.pattern = "custom"
     return _replace(model, plain, new, freeze=bool(plain))
 
 
-class _Entry(NamedTuple):
-    """What an adapter file holds of one layer."""
-
-    omega: np.ndarray  # (2, k), int64
-    m: np.ndarray  # (k,), float32 or float64
-    probes: np.ndarray  # (16,), float64
-    shape: np.ndarray  # d1, d2, r; int64
-
-
-def _read_adapter(path: Path) -> dict[str, _Entry]:
-    """The entries of an adapter file. All of it is checked, nothing in it is executed."""
+def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """name -> part -> array of an adapter file. All of it is checked, nothing in it is executed."""
     with open(path, "rb") as file:
         if b"svft 1" in file.read(4096):
-            raise ValueError(
-                f"{path}: got a file of svft 0.1.0, want one of 0.2.0: merge it with 0.1.0, or train again"
-            )
+            raise ValueError(f"{path}: got a file of svft 0.1.0, want one of 0.2.0: merge with 0.1.0, or train again")
         file.seek(0)
         try:
-            arrays = _read_npz(file)
+            arrays = dict(np.load(file, allow_pickle=False))  # zipfile checks each CRC
             if str(arrays.pop("format")) != FORMAT:
                 raise ValueError("another format")
             names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
-            if not names or arrays.keys() != {f"{name}/{part}" for name in names for part in _Entry._fields}:
+            if not names or arrays.keys() != {f"{name}/{part}" for name in names for part in PARTS}:
                 raise ValueError(f"arrays {sorted(arrays)[:8]}")
-            entries = {name: _Entry(*(arrays[f"{name}/{part}"] for part in _Entry._fields)) for name in names}
-            _for_each(entries, lambda name, entry: _check_entry(entry))
+            entries = {name: {part: arrays[f"{name}/{part}"] for part in PARTS} for name in names}
+            _for_each(entries, lambda name, entry: _check_entry(**entry))
             return entries
         except Exception as error:  # whatever zipfile, numpy or a foreign content may raise
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: got no whole adapter file, want one of format {FORMAT!r} ({reason})") from error
 
 
-def _check_entry(entry: _Entry) -> None:
-    k = entry.m.size
-    m_kind = "float64" if entry.m.dtype.name == "float64" else "float32"
-    kinds = [(array.dtype.name, array.shape) for array in entry]
-    if kinds != [("int64", (2, k)), (m_kind, (k,)), ("float64", (16,)), ("int64", (3,))]:
-        raise ValueError(f"{_Entry._fields} are {kinds}")
-    d1, d2, r = entry.shape.tolist()
-    if not (1 <= r <= min(d1, d2) and np.isfinite(entry.m).all() and np.isfinite(entry.probes).all()):
+def _check_entry(omega: np.ndarray, m: np.ndarray, probes: np.ndarray, shape: np.ndarray) -> None:
+    kinds = [(array.dtype.name, array.shape) for array in (omega, m, probes, shape)]
+    m_kind = "float64" if m.dtype.name == "float64" else "float32"
+    if kinds != [("int64", (2, m.size)), (m_kind, (m.size,)), ("float64", (16,)), ("int64", (3,))]:
+        raise ValueError(f"{PARTS} are {kinds}")
+    d1, d2, r = shape.tolist()
+    if not (1 <= r <= min(d1, d2) and np.isfinite(m).all() and np.isfinite(probes).all()):
         raise ValueError(f"shape is {(d1, d2, r)}, or m or probes have NaN or inf")
-    _check_omega(torch.from_numpy(entry.omega), r, r)
+    _check_omega(torch.from_numpy(omega), r, r)
 
 
-def _check_shape(entry: _Entry, layer: nn.Module) -> None:
-    d1, d2, r = entry.shape.tolist()
+def _check_shape(layer: nn.Module, shape: np.ndarray) -> None:
     if isinstance(layer, SVFTLinear):
-        own = (layer.out_features, layer.in_features, len(layer.S))
+        own = [layer.out_features, layer.in_features, len(layer.S)]
     else:
-        own = (*_base_weight(layer).shape, r)
-    if own != (d1, d2, r):
-        raise ValueError(f"weight: got shape and rank {own}, want {(d1, d2, r)}, the adapter's")
+        own = [*_base_weight(layer).shape, shape.tolist()[2]]
+    if own != shape.tolist():
+        raise ValueError(f"weight: got shape and rank {own}, want {shape.tolist()}, the adapter's")
 
 
-def _check_update(entry: _Entry, layer: SVFTLinear) -> None:
-    """Refuse an entry whose m would be another update on this layer's bases."""
-    m = torch.from_numpy(entry.m)
-    _check_finite("m", m.to(layer.m.dtype))
-    norm = np.linalg.norm(entry.probes)
-    difference = np.linalg.norm(_probes(torch.from_numpy(entry.omega), m, layer.U, layer.Vh) - entry.probes)
+def _check_update(layer: SVFTLinear, omega: np.ndarray, m: np.ndarray, probes: np.ndarray, **_: Any) -> None:
+    """Refuse an m that would be another update on this layer's bases."""
+    _check_finite("m", torch.from_numpy(m).to(layer.m.dtype))
+    norm = np.linalg.norm(probes)
+    difference = np.linalg.norm(_probes(torch.from_numpy(omega), torch.from_numpy(m), layer.U, layer.Vh) - probes)
     if not difference <= 1e-3 * norm:
-        raise ValueError(
-            f"m: got an update that differs from the saved one by {difference / norm:.2g}, relatively, want at most "
-            "1e-3. Is this the base model, in the dtype, that the adapter was trained on? If so, its singular values "
-            "repeat: move a state_dict instead"
-        )
+        got = f"an update that differs from the saved one by {difference / (norm or 1):.2g}, relatively"
+        why = "Is this the base model, in the dtype, that the adapter was trained on?"
+        hint = "If so, its singular values repeat: move a state_dict instead"
+        raise ValueError(f"m: got {got}, want at most 1e-3. {why} {hint}")
 
 
 def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> np.ndarray:
-    """a^T (U M V^T) b for 16 fixed random pairs a (d1,), b (d2,): (16,), float64.
-
-    The stream of RandomState never changes, so the file need not hold a and b.
-    """
+    """a^T (U M V^T) b, (16,), float64, for 16 random pairs a (d1,), b (d2,) that numpy draws alike on every machine."""
     random = np.random.RandomState(0)
-    U, Vh, m = (_exact(t.detach()).cpu() for t in (U, Vh, m))
-    aU = torch.from_numpy(random.standard_normal((16, len(U)))) @ U  # (16, r1)
-    Vb = torch.from_numpy(random.standard_normal((16, Vh.shape[1]))) @ Vh.T  # (16, r2)
-    i, j = omega.cpu()
-    return ((aU[:, i] * Vb[:, j]) @ m).numpy()
+    U, Vh, m = (_exact(t.detach()) for t in (U, Vh, m))
+    aU = torch.from_numpy(random.standard_normal((16, len(U)))).to(U.device) @ U  # (16, r1)
+    bV = torch.from_numpy(random.standard_normal((16, Vh.shape[1]))).to(U.device) @ Vh.T  # (16, r2)
+    i, j = omega.to(U.device)
+    return ((aU[:, i] * bV[:, j]) @ m.to(U.device)).cpu().numpy()
 
 
-def _entry_of(layer: SVFTLinear) -> _Entry:
+def _entry_of(layer: SVFTLinear) -> dict[str, np.ndarray]:
     U, S, Vh = _check_whole(layer)
     if U.shape[1] != Vh.shape[0]:
         why = "its extra columns are arbitrary; save the model's state_dict"
         raise ValueError(f"full_matrices: got the full SVD of a rectangular weight, want the thin one: {why}")
-    m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu()
+    m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu().numpy()
     shape = np.array([U.shape[0], Vh.shape[1], len(S)], np.int64)
-    return _Entry(layer.omega.cpu().numpy(), m.numpy(), _probes(layer.omega, m, U, Vh), shape)
+    parts = layer.omega.cpu().numpy(), m, _probes(layer.omega, layer.m, U, Vh), shape
+    return dict(zip(PARTS, parts, strict=True))
 
 
 def _has_ties(S: Tensor) -> bool:
@@ -771,7 +751,7 @@ def _cached_svd(folder: Path, weight: Tensor, r1: int, r2: int) -> SVD:
     file = folder / f"{key.hexdigest()}.npz"
     try:
         content = file.read_bytes()
-        arrays = _read_npz(io.BytesIO(content))
+        arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
         svd = SVD(*(torch.from_numpy(arrays[name]).to(weight.device) for name in SVD._fields))
         if (svd.U.shape[1], svd.Vh.shape[0], svd.U.dtype) != (r1, r2, _wide(weight.dtype)) or _npz(arrays) != content:
             raise ValueError("other sizes, another dtype, or altered")
@@ -796,11 +776,6 @@ def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
-
-
-def _read_npz(file: Any) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}  # zipfile checks each CRC
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -845,10 +820,8 @@ def _check_path(layer: SVFTLinear, path: str) -> None:
     """Refuse a path that the layer cannot take."""
     n = min(layer.out_features, layer.in_features)
     got = f"path: got {path!r} with keep_weight={layer.weight is not None} and rank {len(layer.S)} of {n}"
-    if path not in ("auto", "dense", "gather", "fused"):
-        raise ValueError(f"{got}, want 'auto', 'dense', 'gather' or 'fused'")
-    if path == "gather" and layer.weight is None:
-        raise ValueError(f"{got}, want 'auto', 'dense' or 'fused'")
+    if path not in ("auto", "dense", "gather", "fused") or (path == "gather" and layer.weight is None):
+        raise ValueError(f"{got}, want 'auto', 'dense', 'fused', or, with W0 kept, 'gather'")
     if len(layer.S) < n and (path == "fused" or layer.weight is None):
         raise ValueError(f"{got}, want W0 kept and no 'fused': they would cut W0 to that rank (D8)")
 
@@ -915,7 +888,7 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
     heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
     linear = {name for name, module in modules.items() if _is_linear(module) and not any(module is h for h in heads)}
     stacks = {  # such as the experts of a mixture: 3-d parameters that belong to no convolution
-        f"{name}.{leaf}"
+        f"{name}.{leaf}".lstrip(".")
         for name, module in modules.items()
         for leaf, p in module._parameters.items()
         if p is not None and p.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
@@ -989,17 +962,20 @@ def _base_weight(base: nn.Module) -> Tensor:
 # ---------------------------------------------------------------- Checks at the boundary
 
 
-def _check_weight(weight: Tensor) -> None:
-    _check_matrix("weight", weight)
+def _check_weight(weight: Tensor, name: str = "weight") -> None:
+    dtype = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+    if dtype not in (*HALF, torch.float32, torch.float64):
+        raise TypeError(f"{name}: got {dtype}, want a tensor of float16, bfloat16, float32 or float64")
     if hasattr(weight, "__tensor_flatten__") or weight.layout != torch.strided:
         got = f"{type(weight).__name__} ({weight.layout})"
-        raise TypeError(f"weight: got a {got}, want a plain dense tensor: inject before sharding or packing")
-    if weight.is_meta or not weight.numel():
-        got = "a meta tensor (offloaded?)" if weight.is_meta else "an empty tensor"
-        raise ValueError(f"weight: got {got} of shape {tuple(weight.shape)}, want one that holds values")
-    _check_finite("weight", weight)
+        raise TypeError(f"{name}: got a {got}, want a plain dense tensor: inject before sharding or packing")
+    if weight.ndim != 2 or weight.is_meta or not weight.numel():
+        got = f"{'a meta tensor (offloaded?)' if weight.is_meta else 'a tensor'} of shape {tuple(weight.shape)}"
+        raise ValueError(f"{name}: got {got}, want a matrix that holds values")
+    _check_finite(name, weight)
 
 
+@torch.no_grad()
 def _check_svd(svd: SVD, W0: Tensor, dtype: torch.dtype | None = None) -> None:
     """Refuse factors that are not an SVD of W0 (d1, d2), to the rounding of dtype: theirs, if it is not given.
 
@@ -1013,8 +989,8 @@ def _check_svd(svd: SVD, W0: Tensor, dtype: torch.dtype | None = None) -> None:
     if shapes != [(W0.shape[0], *r1), min(r1, r2), (*r2, W0.shape[1])] or not all(r1 + r2):
         raise ValueError(f"svd: got shapes {shapes}, want (d1, r1), (min(r1, r2),), (r2, d2) for {tuple(W0.shape)}")
     limit = max(2e-5, 1.5 * torch.finfo(dtype or torch.promote_types(W0.dtype, svd[0].dtype)).eps)
-    W = _exact(W0.detach())  # (d1, d2)
-    U, S, Vh = (_exact(t.detach()).to(W.device) for t in svd)
+    W = _exact(W0)  # (d1, d2)
+    U, S, Vh = (_exact(t).to(W.device) for t in svd)
     n = len(S)
     top = S.abs().max().clamp(min=1e-300)  # a weight's scale does not matter
     S = S / top
@@ -1037,14 +1013,6 @@ def _check_finite(name: str, t: Tensor) -> None:
         raise ValueError(f"{name}: got NaN or inf in it, want finite values")
 
 
-def _check_matrix(name: str, matrix: Tensor) -> None:
-    dtype = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-    if dtype not in (*HALF, torch.float32, torch.float64):
-        raise TypeError(f"{name}: got {dtype}, want a tensor of float16, bfloat16, float32 or float64")
-    if matrix.ndim != 2:
-        raise ValueError(f"{name}: got shape {tuple(matrix.shape)}, want a matrix")
-
-
 def _check_omega(omega: Tensor, r1: float = math.inf, r2: float = math.inf) -> Tensor:
     """omega, if it is an int64 (2, k) with k >= 1, 0 <= i < r1, 0 <= j < r2, strictly ascending by (i, j)."""
     dtype = omega.dtype if isinstance(omega, Tensor) else type(omega).__name__
@@ -1062,10 +1030,9 @@ def _check_omega(omega: Tensor, r1: float = math.inf, r2: float = math.inf) -> T
 
 
 def _check_unsharded(model: nn.Module) -> None:
-    """Refuse what FSDP2 has sharded, also while its weights happen to be gathered."""
-    modules = _named(model).values()
-    fsdp = any(kind.__name__ == "FSDPModule" for module in modules for kind in type(module).__mro__)
-    if fsdp or any(hasattr(p, "full_tensor") for p in model.parameters()):
+    """Refuse what FSDP has sharded, also while its weights happen to be gathered."""
+    kinds = {kind.__name__ for module in _named(model).values() for kind in type(module).__mro__}
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"} or any(hasattr(p, "full_tensor") for p in model.parameters()):
         why = "inject and load before sharding; to merge, save_adapter here and load into a plain model"
         raise TypeError(f"model: got a sharded one, want a plain one: {why}")
 
