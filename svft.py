@@ -32,7 +32,7 @@ The method on a model:
     m_ij      m                       (k,)             trained; zero at the start
     M         M()                     (r1, r2)         zero outside Omega
     Delta W   delta_weight()          (d1, d2)         U M V^T
-    z         z                       (r2, T)          V^T x; T is the number of tokens
+    z         z                       (r2, tokens)     V^T x, one column for each token
     d         d                                        half-width of the band |i - j| <= d
 
 M has r1 x r2 entries: n x n for the thin SVD, which is the default; r x r with rank=r; d1 x d2 for the full SVD.
@@ -293,8 +293,8 @@ class SVFTLinear(nn.Module):
             if self.weight is not None:
                 W = self._turned(self.weight + self._turned(W))
             return F.linear(x, W, self.bias)
-        z = self.Vh @ x.reshape(-1, self.in_features).T  # (r2, T)
-        y = self._M_times(z, add_sigma=path == "fused").to(z.dtype)  # (r1, T)
+        z = self.Vh @ x.reshape(-1, self.in_features).T  # (r2, tokens)
+        y = self._M_times(z, add_sigma=path == "fused").to(z.dtype)  # (r1, tokens)
         if path == "fused":
             return F.linear(y.T, self.U, self.bias).view(*x.shape[:-1], self.out_features)
         h = F.linear(x, self._turned(self.weight), self.bias)

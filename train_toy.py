@@ -1,21 +1,27 @@
-"""Fine-tune GPT-2 with SVFT, set SVFT against other methods, and time it: three commands, no download, no GPU needed.
+"""Fine-tune GPT-2 with SVFT, set SVFT against other methods, and time it.
 
     python train_toy.py
-        Pre-trains a small GPT-2 (842,496 parameters, bytes as tokens) on the source of Python's standard library,
-        keeps it in .svft_cache, and fine-tunes it with SVFT on the prose of Python's language reference. The loss on
-        held-out prose falls by about 0.29 nats per byte with 4% of the parameters. Two minutes the first time, 30 s
-        after that. --base gpt2 fine-tunes the real one, or any causal language model of transformers.
-        `torchrun --nproc_per_node=2 train_toy.py` trains on two GPUs, or in two processes on the CPU.
+        No download, no GPU. Pre-trains a small GPT-2 (842,496 parameters, bytes as tokens) on the source of Python's
+        standard library, keeps it in .svft_cache, and fine-tunes it with SVFT on the prose of Python's language
+        reference. The loss on held-out prose falls by about 0.29 nats per byte with 4% of the parameters. It prints
+        the loss, the speed, how far the merged model is from the adapted one, and samples. Two minutes, then 30 s.
+    python train_toy.py --base gpt2 --data my.txt --save adapter.npz
+        The same with a pretrained model (any causal one of transformers, by name or folder), its tokenizer and your
+        text, on a GPU if there is one. README loads the adapter again. --method lora or full trains another method.
+    torchrun --nproc_per_node=4 train_toy.py --base gpt2
+        The same on four GPUs, data-parallel; with --device cpu in four processes.
     python train_toy.py compare
-        Figure 1 of the paper in miniature: full fine-tuning, LoRA, DoRA, VeRA, BOFT and four kinds of SVFT at several
-        sizes, three seeds each, and three studies; a table, and a plot where matplotlib is installed. 35 min;
-        stop it at any time, it goes on from there. --quick: 5 min.
+        Figure 1 of the paper on the small model: full fine-tuning, LoRA, DoRA, VeRA, BOFT and four kinds of SVFT, and
+        three studies. Prints tables and the figure as text. 35 min; stop it at any time, it goes on from there.
+    python train_toy.py compare --base gpt2
+        The same figure on a pretrained model: about 100 runs, for a GPU. Started several times with one --out, the
+        processes share the runs. --quick: 7 runs of 20 steps, up to 45 min without a GPU.
     python train_toy.py bench
-        What each path of svft.py costs, in times of a frozen linear layer, beside LoRA. 110 s; --quick: 13 s.
+        What a training step of GPT-2 costs with each method: time, tokens per second, memory of a GPU; then what each
+        path of svft.py costs on single layers. Two minutes; --quick: 30 s.
 
-Times are for 2 CPU cores (x86-64 with AVX-512) and torch 2.13. --help after a command lists its options.
-To read: Task (what is trained on), GPT2, train, finetune; then each method in 20 to 40 lines; then compare and bench.
-In comments on shapes, B is the number of sequences and T that of their tokens.
+Times without a GPU are for 2 CPU cores (x86-64 with AVX-512) and torch 2.13. --help after a command lists its options.
+`finetune` is the recipe to copy, `train` its loop. In comments on shapes, B sequences have T tokens each.
 """
 
 from __future__ import annotations
@@ -24,13 +30,17 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,196 +58,130 @@ import svft
 
 CACHE = Path(__file__).resolve().parent / ".svft_cache"  # pre-trained model and SVDs; safe to delete
 TARGETS = ["c_attn", "c_proj", "c_fc"]  # GPT-2's four linear layers per block; c_proj is two of them
+Targets = str | list[str]
 
 
-class UserError(Exception):
-    """Something that the user can mend: main prints it as one line and returns 2."""
+# ---------------------------------------------------------------- the recipe: python train_toy.py
 
 
-# ---------------------------------------------------------------- where we run: device, processes, terminal
+def finetune(args: argparse.Namespace) -> None:
+    """Load, inject, train, evaluate, save, merge."""
+    begin = time.perf_counter()
+    with refusals(), first_process_first():
+        label, r = check_method(args), args.d
+        model, codec, task = load(args)
+        total = sum(p.numel() for p in model.parameters())
+        if args.method == "svft":  # freezes all but the m's
+            svft.inject(model, args.targets, args.pattern, args.d, seed=args.seed, cache_dir=args.cache)
+        elif args.method == "lora":
+            replace(model, args.targets, lambda layer: LoRA(layer, r))
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]  # of SVFT: k, the entries in each M
+    lr = args.lr or usual_lr(args.method, r if args.method == "lora" else statistics.mean(sizes), bool(args.base))
+    say(f"method            {label}, learning rate {lr:.3g}; {machine(task.device, task.amp)}")
+    say(f"trained           {sum(sizes):,} parameters, {sum(sizes) / total:.2%} of the model's {total:,}")
+    before, text_before = evaluate(model, task.val, task), sample(model, codec, task, args.seed)
+    peak_memory(task.device)
+
+    seconds = train(parallel(model, args), task, args.steps, lr, args.seed, "fine-tuning")
+    rate, memory = args.steps / seconds, peak_memory(task.device)
+    after, text_after = evaluate(model, task.val, task), sample(model, codec, task, args.seed)
+    if not math.isfinite(after):
+        raise UserError(f"--lr: got {lr:.3g}, want a smaller one: the loss became {after}")
+    say(f"validation loss   {before:.3f} -> {after:.3f} nats per {codec.unit} ({after - before:+.3f})")
+    say(f"speed             {rate:.1f} steps/s, {rate * task.batch * task.context:,.0f} {codec.unit}s/s")
+    if memory:
+        say(f"peak memory       {memory:.2f} GiB")
+
+    if args.save and RANK == 0:
+        svft.save_adapter(model, args.save)
+    if args.method == "svft":
+        window = task.val[None, : task.context].to(task.device)
+        adapted = logits_of(model, window)
+        difference = (logits_of(svft.merge(model), window) - adapted).abs().max()  # plain layers again, in place
+        say(f"merged - adapted  at most {difference:.1e}, of logits up to {adapted.abs().max():.1f}")
+    say(f"--- before\n{text_before}\n--- after\n{text_after}\n---")
+    say(f"seconds           {seconds:.1f} of fine-tuning, {time.perf_counter() - begin:.1f} in all")
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label: str = "") -> float:
+    """AdamW on what requires a gradient, 10% warm-up, then a cosine to zero. Returns the seconds taken."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
+    warm = max(1, round(0.1 * steps))
+    fall = max(1, steps - warm)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: (t + 1) / warm if t < warm else 0.5 + 0.5 * math.cos(math.pi * (t + 1 - warm) / fall)
+    )
+    generator = torch.Generator().manual_seed(seed)  # of the batches
+    torch.manual_seed(seed + RANK)  # of dropout, where the model has it
+    progress = Progress(label, steps, task.batch * task.context)
+    model.train()
+    for step in range(1, steps + 1):
+        loss = loss_of(model, task.draw(generator), task)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress(step, loss)
+    model.eval()
+    loss.item()  # waits for the device
+    return time.perf_counter() - progress.start
 
 
-def world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def loss_of(model: nn.Module, window: Tensor, task: Task) -> Tensor:
+    """Mean cross-entropy of window (B, T + 1) in nats per token; does not wait for the device."""
+    window = window.pin_memory() if task.device.type == "cuda" else window
+    window = window.to(task.device, non_blocking=True)
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=task.amp):
+        logits = logits_of(model, window[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
 
 
-def say(text: str = "") -> None:
-    """Print once, however many processes there are."""
-    if rank() == 0:
-        print(text, flush=True)
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, T) -> (B, T, vocabulary), of our GPT-2 or of a model from transformers."""
+    out = model(tokens)
+    return getattr(out, "logits", out)
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: cuda, mps or cpu, the first that is there. Under torchrun, each process takes a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if name == "cuda" and 0 < gpus < here:
-        raise UserError(f"torchrun: got {here} processes for {gpus} GPUs, want at most one process per GPU")
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-            torch.cuda.set_device(device := torch.device("cuda", own))
-        elif device.type not in ("mps", "cpu"):
-            raise ValueError("another kind")
-        torch.zeros(1, device=device)
-    except Exception:  # torch raises many kinds
-        raise UserError(f"--device: got {name!r}, want cpu, or a cuda or mps device that is there") from None
-    return device
+@torch.no_grad()
+def evaluate(model: nn.Module, tokens: Tensor, task: Task) -> float:
+    """Mean loss over at most task.windows windows spread evenly over tokens (n,), always the same; nats per token."""
+    windows = tokens.unfold(0, task.context + 1, task.context)  # (N, T + 1)
+    windows = windows[:: math.ceil(len(windows) / task.windows)]
+    total = sum(loss_of(model, part, task) * len(part) for part in windows.split(32))
+    return float(total) / len(windows)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; the CPU always has."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+@torch.no_grad()
+def sample(model: nn.Module, codec: Codec, task: Task, seed: int) -> str:
+    """The beginning of the validation text, and how the model goes on from there at temperature 0.8."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = task.val[None, : min(64, task.context // 2)].to(task.device)  # (1, T)
+    for _ in range(codec.sample):
+        last = logits_of(model, tokens[:, -task.context :])[0, -1].float().cpu()  # (vocabulary,)
+        drawn = torch.multinomial((last / 0.8).softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn[None].to(tokens.device)], 1)
+    return codec.decode(tokens[0].tolist())
 
 
-@contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[None]:
-    """Under torchrun, join the other processes. They may have to wait for the first one's pre-training."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+RATES = {  # a, b of a peak learning rate a size^b: for the small model, and for one that is pretrained at length
+    "svft": ((5, -2 / 3), (2.5, -2 / 3)),  # size: the entries in each M
+    "lora": ((0.02, -1 / 3), (4e-3, -1 / 2)),  # size: r
+    "dora": ((0.02, -1 / 3), (6e-3, -1 / 2)),
+    "vera": ((0.12, 0), (0.04, 0)),
+    "boft": ((0.05, -1), (8e-3, -1)),  # size: b
+    "full": ((2.5e-3, 0), (1e-4, 0)),
+}
 
 
-@contextlib.contextmanager
-def first_process_first() -> Iterator[None]:
-    """Let the first process fill the cache while the others wait; then they read it."""
-    if world() > 1 and rank() > 0:
-        try:
-            dist.barrier()
-        except RuntimeError:
-            raise UserError("the first process has stopped") from None
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+def usual_lr(method: str, size: float, pretrained: bool) -> float:
+    """A peak learning rate near the best that compare found; SVFT's is near the paper's too."""
+    a, b = RATES[method][pretrained]
+    return min(0.2, a * size**b)
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory held so far: by tensors on a CUDA device, else by the whole process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "unknown"
-    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process"
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-class Progress:
-    """A line on stderr: rewritten twice a second on a terminal, a new one every 15 seconds elsewhere."""
-
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self.label, self.total, self.unit = label, total, unit
-        self.terminal = sys.stderr.isatty()
-        self.start = self.last = time.perf_counter()
-
-    def __call__(self, done: int, text: Callable[[float], str]) -> None:
-        """`done` units are finished. text(units per second) is called only where a line is due: it may wait for it."""
-        now = time.perf_counter()
-        due = now - self.last >= (0.5 if self.terminal else 15) or done == self.total
-        if rank() or not self.label or not due:
-            return
-        self.last, rate = now, done / (now - self.start)
-        line = f"{self.label}: {self.unit} {done}/{self.total}, {text(rate)}, {clock((self.total - done) / rate)} left"
-        end = "" if self.terminal and done < self.total else "\n"
-        print(f"\r{line}\x1b[K" if self.terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------- text: tokens, and what is held out
-
-
-class Codec(NamedTuple):
-    """Text to tokens (n,) int64 and back. unit: what one token is, for the report."""
-
-    encode: Callable[[str], Tensor]
-    decode: Callable[[list[int]], str]
-    unit: str
-
-
-BYTES = Codec(
-    encode=lambda text: torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)),
-    decode=lambda tokens: bytes(tokens).decode(errors="replace"),
-    unit="byte",
-)
-
-
-def read_stdlib(limit: int = 4_000_000) -> str:
-    """The standard library's top-level modules in alphabetical order, cut at limit characters: to pre-train on."""
-    files = sorted(Path(os.__file__).parent.glob("*.py"))
-    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)[:limit]
-
-
-def read_topics() -> str:
-    """The language reference's prose, as help() shows it: to fine-tune on.
-
-    Topics repeat each other (the one on compound statements holds those on if, for and while), so each paragraph
-    is kept once: otherwise much of the held-out text would be training text as well.
-    """
-    from pydoc_data.topics import topics
-
-    kept: dict[str, str] = {}
-    for paragraph in "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n"):
-        kept.setdefault(" ".join(paragraph.split()), paragraph)
-    return "\n\n".join(kept.values())
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--data: cannot read {path!r} as UTF-8 text: {error}") from None
-
-
-@dataclasses.dataclass
-class Task:
-    """What to train on, and where: the tokens of each split, (n,) int64 on the CPU, and the size of a batch."""
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
-    context: int  # tokens per sequence
-    batch: int  # sequences per step, all processes together
-    device: torch.device
-    amp: bool  # bfloat16 autocast
-    share: tuple[int, int] = (0, 1)  # which part of a batch is this process', of how many
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """This process' share of a batch of random windows of the training text: (B, context + 1)."""
-        starts = torch.randint(len(self.train) - self.context, (self.batch,), generator=generator)
-        part, parts = self.share
-        return self.train[starts[part::parts, None] + torch.arange(self.context + 1)]
-
-
-def make_task(text: str, source: str, codec: Codec, args: argparse.Namespace, device: torch.device) -> Task:
-    """Cut the text's tokens into 100 blocks: of each ten, eight to train, one to validate, one to test."""
-    tokens = codec.encode(text)
-    length = len(tokens) // 100
-    if 10 * length <= args.context:
-        got, want = f"{len(tokens):,} {codec.unit}s", f"{10 * args.context + 100:,} or more"
-        raise UserError(f"{source}: too little text: got {got}, want {want}")
-    blocks, fold = tokens[: 100 * length].view(100, length), torch.arange(100) % 10
-    train, val, test = (blocks[part].flatten() for part in (fold < 8, fold == 8, fold == 9))
-    amp = device.type == "cuda" if args.amp is None else args.amp
-    return Task(train, val, test, args.context, args.batch, device, amp)
-
-
-# ---------------------------------------------------------------- the model: GPT-2's architecture, small
+# ---------------------------------------------------------------- the small model: GPT-2's architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,74 +251,153 @@ class GPT2(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
 
-def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(B, T) -> (B, T, vocabulary), of our GPT-2 or of a model from transformers."""
-    out = model(tokens)
-    return getattr(out, "logits", out)
+# ---------------------------------------------------------------- text: tokens, and what is held out
 
 
-@torch.no_grad()
-def generate(model: nn.Module, prompt: Tensor, count: int, context: int, seed: int) -> list[int]:
-    """count tokens that go on from prompt (n,), drawn at temperature 0.8."""
-    tokens, generator = prompt, torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        last = logits_of(model, tokens[None, -context:])[0, -1].float().cpu()  # (vocabulary,)
-        drawn = torch.multinomial((last / 0.8).softmax(-1), 1, generator=generator)
-        tokens = torch.cat([tokens, drawn.to(tokens.device)])
-    return tokens[len(prompt) :].tolist()
+class Codec(NamedTuple):
+    """Text to tokens (n,) int64 and back."""
+
+    encode: Callable[[str], Tensor]
+    decode: Callable[[list[int]], str]
+    unit: str = "token"
+    sample: int = 40  # tokens to draw for a sample
 
 
-# ---------------------------------------------------------------- training
+BYTES = Codec(lambda s: torch.tensor(list(s.encode())), lambda n: bytes(n).decode(errors="replace"), "byte", 150)
 
 
-def loss_of(model: nn.Module, window: Tensor, task: Task) -> Tensor:
-    """Mean cross-entropy of window (B, context + 1) in nats per token; does not wait for the device."""
-    window = window.pin_memory() if task.device.type == "cuda" else window
-    window = window.to(task.device, non_blocking=True)
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=task.amp):
-        logits = logits_of(model, window[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+def read_topics() -> str:
+    """The language reference's prose, as help() shows it: to fine-tune on.
+
+    Topics repeat each other. Each paragraph is kept once, or held-out text would be training text as well.
+    """
+    from pydoc_data.topics import topics
+
+    kept: dict[str, str] = {}
+    for paragraph in "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n"):
+        kept.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(kept.values())
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, tokens: Tensor, task: Task, limit: int = 256) -> float:
-    """Mean loss over at most limit windows spread evenly over tokens (n,), always the same; nats per token."""
-    windows = tokens.unfold(0, task.context + 1, task.context)  # (N, context + 1)
-    windows = windows[:: math.ceil(len(windows) / limit)]
-    training, total = model.training, torch.zeros((), device=task.device)
-    model.eval()
-    for part in windows.split(32):
-        total += loss_of(model, part, task) * len(part)
-    model.train(training)
-    return float(total) / len(windows)
+@dataclasses.dataclass
+class Task:
+    """What to train on, and where: the tokens of each split, (n,) int64 on the CPU, and the size of a batch."""
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    context: int  # T
+    batch: int  # sequences per step, all processes together
+    device: torch.device
+    amp: bool = False  # bfloat16 autocast
+    windows: int = 256  # sequences in an evaluation, at most
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """This process' share of a batch of random windows of the training text: (B, T + 1)."""
+        starts = torch.randint(len(self.train) - self.context, (self.batch,), generator=generator)
+        return self.train[starts[RANK::WORLD, None] + torch.arange(self.context + 1)]
 
 
-def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label: str = "") -> float:
-    """AdamW on what requires a gradient, 10% warm-up, then a cosine to zero. Returns the seconds taken."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
-    warm = max(1, round(0.1 * steps))
-    fall = max(1, steps - warm)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: (t + 1) / warm if t < warm else 0.5 + 0.5 * math.cos(math.pi * (t + 1 - warm) / fall)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    progress, tokens = Progress(label, steps, "step"), task.batch * task.context
-    model.train()
-    start = time.perf_counter()
-    for step in range(1, steps + 1):
-        loss = loss_of(model, task.draw(generator), task)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress(step, lambda r, loss=loss: f"loss {loss.item():.3f}, {r:.1f} steps/s, {r * tokens:,.0f} tokens/s")
-    synchronize(task.device)
-    return time.perf_counter() - start
+def make_task(text: str, source: str, codec: Codec, context: int, batch: int, **options: Any) -> Task:
+    """Cut the text's tokens into 100 blocks: of each ten, eight to train, one to validate, one to test."""
+    tokens = codec.encode(text)
+    length = len(tokens) // 100
+    if 10 * length <= context:
+        got, want = f"{len(tokens):,} {codec.unit}s", f"{10 * context + 100:,} or more"
+        raise UserError(f"{source}: too little text: got {got}, want {want}")
+    blocks, fold = tokens[: 100 * length].view(100, length), torch.arange(100) % 10
+    train, val, test = (blocks[part].flatten() for part in (fold < 8, fold == 8, fold == 9))
+    return Task(train, val, test, context, batch, **options)
 
 
-# ---------------------------------------------------------------- the two base models
+# ---------------------------------------------------------------- loading
+
+
+def check_method(args: argparse.Namespace) -> str:
+    """The method's name; an option that it would ignore, or that cannot work, is refused."""
+    own = {"full": [], "lora": ["targets", "d"], "svft": ["targets", "d", "pattern", "save"]}[args.method]
+    for name in ("targets", "d", "pattern", "save"):
+        if getattr(args, name) is not None and name not in own:
+            raise UserError(f"--{name}: got it with --method {args.method}, which has no use for it")
+    args.d, args.pattern = 8 if args.d is None else args.d, args.pattern or "banded"
+    if args.method == "lora" and args.d == 0:
+        raise UserError("--d: got 0, want LoRA's r, at least 1")
+    if args.batch % WORLD:
+        raise UserError(f"--batch: got {args.batch}, want a multiple of the {WORLD} processes")
+    if args.save and (args.save.is_dir() or not args.save.resolve().parent.is_dir()):
+        raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that exists")
+    if args.method == "svft" and not args.base:  # a rehearsal, on a model that is not trained yet
+        svft.inject(GPT2(Config()), args.targets or TARGETS, args.pattern, args.d)
+    size = f"d = {args.d}" if args.pattern != "plain" else "the diagonal"
+    return {"full": "full", "lora": f"LoRA, r = {args.d}", "svft": f"SVFT, {args.pattern}, {size}"}[args.method]
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, Codec, Task]:
+    """The base model, its codec, and the text in its tokens. What cannot work is refused before the long work."""
+    try:
+        text = Path(args.data).read_text(encoding="utf-8") if args.data else read_topics()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--data: cannot read {args.data!r} as UTF-8 text: {error}") from None
+    model, codec = from_transformers(args.base, args.device) if args.base else (GPT2(Config()), BYTES)
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    args.targets = args.targets or (TARGETS if leaves.issuperset(TARGETS) else "all-linear")
+    svft._find_targets(model, args.targets)
+    most = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "context", args.context)
+    if args.context > most:
+        raise UserError(f"--context: got {args.context}, want at most the model's {most}")
+    amp = args.device.type == "cuda" and bool(args.base) if args.amp is None else args.amp
+    source = args.data or "pydoc_data.topics"
+    task = make_task(text, source, codec, args.context, args.batch, device=args.device, amp=amp)
+    if not args.base:
+        return pretrained(args.cache, args.device, args.seed), codec, task
+    if int(task.train.max()) >= (known := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"--base: got a tokenizer that knows more than the {known:,} tokens of its model")
+    return model, codec, task
+
+
+def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 1200, lr: float = 3e-3) -> GPT2:
+    """Our GPT-2, trained on the standard library's source: from the cache, or made now and put there."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))  # its top-level modules, cut at 4 million characters
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)[:4_000_000]
+    task = make_task(text, "the standard library", BYTES, Config.context, 8, device=device)
+    key = digest("format 2", dataclasses.astuple(Config()), steps, task.batch, lr, seed, task.train)
+    file, temporary = cache / f"gpt2-{key}.npz", cache / f"{uuid.uuid4().hex}.npz"
+    torch.manual_seed(seed)
+    model = GPT2(Config()).to(device)
+    try:
+        with np.load(file) as arrays:  # executes nothing, and checks each array's CRC
+            model.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
+        return model
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # whatever numpy makes of a short or foreign file
+        say(f"{file} is damaged and will be made again ({error})")
+    train(model, task, steps, lr, seed, "pre-training")
+    try:  # whole or not at all: a process that is killed here leaves no half file
+        cache.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **{name: t.cpu().numpy() for name, t in model.state_dict().items()})
+        os.replace(temporary, file)
+    except OSError as error:
+        say(f"going on without a cache: cannot write {file} ({error})")
+    return model
+
+
+def from_transformers(name: str, device: torch.device) -> tuple[nn.Module, Codec]:
+    """A causal language model and its tokenizer, by name or from a folder, in float32."""
+    transformers = need("transformers", "--base")
+    want = "a model with its tokenizer"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if not tokenizer("a")["input_ids"]:
+            raise ValueError("it knows no token")
+        want = "a causal language model"
+        model = transformers.AutoModelForCausalLM.from_pretrained(name).float().to(device)
+        model.config.use_cache = False
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"--base: got {name!r}, want {want} ({error})") from None
+
+    encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+    return model, Codec(lambda text: torch.tensor(encode(text)["input_ids"]), tokenizer.decode)
 
 
 def digest(*parts: Any) -> str:
@@ -386,178 +409,104 @@ def digest(*parts: Any) -> str:
     return sha.hexdigest()[:16]
 
 
-def read_cache(file: Path, device: torch.device) -> GPT2 | None:
-    """The model in file, or None where there is none or it is damaged; executes nothing."""
-    model = GPT2(Config()).to(device)
+# ---------------------------------------------------------------- devices, processes, messages
+
+RANK, WORLD = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))  # set by torchrun
+
+
+class UserError(Exception):
+    """Something that the user can mend: main prints it as one line and returns 2."""
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What svft.py refuses becomes one line too."""
     try:
-        saved = torch.load(file, map_location=device, weights_only=True)
-        if saved["digest"] != digest(*saved["state"].values()):
-            raise ValueError("checksum")
-        model.load_state_dict(saved["state"])
-        return model
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
-        raise UserError(f"--cache: got {str(file.parent)!r}, want a folder") from None
-    except Exception:  # whatever torch.load makes of a short or foreign file
-        say(f"{file} is damaged and will be made again")
-        return None
+        yield
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
-def write_cache(file: Path, model: GPT2) -> None:
-    """Whole or not at all: a process that is killed here leaves no half file."""
-    state, temporary = model.state_dict(), file.with_suffix(f".{uuid.uuid4().hex}")
+def say(text: str) -> None:
+    """Print once, however many processes there are."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: cuda, mps or cpu, the first that is there. Under torchrun, each process takes a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if WORLD > 1 and name != "cpu" and (name != "cuda" or gpus < here):
+        raise UserError(f"--device: got {name} for {here} processes and {gpus} GPUs, want cpu, or one GPU per process")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.save({"state": state, "digest": digest(*state.values())}, temporary)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        say(f"going on without a cache: cannot write {file} ({error})")
-
-
-def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 1200, lr: float = 3e-3) -> GPT2:
-    """Our GPT-2, trained on the standard library's source: from the cache, or made now and put there."""
-    settings = argparse.Namespace(context=Config.context, batch=8, amp=False)
-    task = make_task(read_stdlib(), "the standard library", BYTES, settings, device)
-    key = digest("format 1", dataclasses.astuple(Config()), steps, task.batch, lr, seed, task.train)
-    file = cache / f"gpt2-{key}.pt"
-    if (model := read_cache(file, device)) is None:
-        torch.manual_seed(seed)
-        model = GPT2(Config()).to(device)
-        train(model, task, steps, lr, seed, "pre-training")
-        write_cache(file, model)
-    return model
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def from_transformers(name: str, device: torch.device) -> tuple[nn.Module, Codec]:
-    """A causal language model and its tokenizer, by name or from a folder, in float32."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UserError("--base: needs the transformers package: pip install transformers") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if not tokenizer("a")["input_ids"]:
-            raise ValueError("it knows no token")
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"--base: got {name!r}, want a model with its tokenizer ({one_line(error)})") from None
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name).float().to(device)
-        model.config.use_cache = False
-    except Exception as error:
-        raise UserError(f"--base: got {name!r}, want a causal language model ({one_line(error)})") from None
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    return model, Codec(encode, tokenizer.decode, "token")
-
-
-# ---------------------------------------------------------------- python train_toy.py
-
-
-def svft_lr(k: float) -> float:
-    """A peak learning rate for k entries per matrix: near the best on this task, and near the paper's."""
-    return min(0.2, 5 * k ** (-2 / 3))
-
-
-def inject(model: nn.Module, args: argparse.Namespace, cache: Path | None) -> nn.Module:
-    """svft.inject with the command line's choices, its refusals as one line."""
-    try:
-        return svft.inject(model, args.targets, args.pattern, args.d, seed=args.seed, cache_dir=cache)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(one_line(error)) from None
-
-
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Codec, Task]:
-    """The base model, its codec and the text in its tokens; refuses what it must before the long work."""
-    if args.save and (args.save.is_dir() or not args.save.resolve().parent.is_dir()):
-        raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that exists")
-    if args.batch % world():
-        raise UserError(f"--batch: got {args.batch}, want a multiple of the {world()} processes")
-    text = read_text(args.data) if args.data else read_topics()
-    model, codec = from_transformers(args.base, device) if args.base else (None, BYTES)
-    most = getattr(model.config, "max_position_embeddings", args.context) if model else Config.context
-    if args.context > most:
-        raise UserError(f"--context: got {args.context}, want at most the model's {most}")
-    task = make_task(text, args.data or "pydoc_data.topics", codec, args, device)
-    task.share = rank(), world()
-    if model is None:
-        inject(GPT2(Config()), args, None)  # a rehearsal on a model that is not trained
-        model = pretrained(args.cache, device, args.seed)
-    elif int(task.train.max()) >= (known := model.get_input_embeddings().num_embeddings):
-        raise UserError(f"--base: got a tokenizer that knows more than the {known:,} tokens of its model")
-    return model, codec, task
-
-
-def finetune(args: argparse.Namespace) -> None:
-    """The default command: fine-tune a language model with SVFT and say what came of it."""
-    begin, device = time.perf_counter(), pick_device(args.device)
-    with processes(device):
-        with first_process_first():
-            model, codec, task = prepare(args, device)
-            total = sum(p.numel() for p in model.parameters())
-            inject(model, args, args.cache)
-        sizes = [p.numel() for p in model.parameters() if p.requires_grad]  # k of each layer
-        lr = args.lr or svft_lr(sum(sizes) / len(sizes))
-        before = evaluate(model, task.val, task)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.zeros(1, device=device)
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        torch.manual_seed(args.seed + rank())  # for dropout, where the base model has it
-        seconds = train(distribute(model, args, device), task, args.steps, lr, args.seed, "fine-tuning")
-        memory, after = peak_memory(device), evaluate(model, task.val, task)
-        if not math.isfinite(after):
-            raise UserError(f"--lr: got {lr:.3g}, want a smaller one: the loss became {after}")
-        if args.save and rank() == 0:
-            save(model, args.save)
-        choice = args.pattern if args.pattern == "plain" else f"{args.pattern}, d = {args.d}"
-        precision, rate = "bfloat16 autocast" if task.amp else "float32", args.steps / seconds
-        say(f"SVFT              {choice}, learning rate {lr:.3g}, {len(sizes)} layers, on {device} in {precision}")
-        say(f"trained           {sum(sizes):,} parameters, {sum(sizes) / total:.2%} of the model's {total:,}")
-        say(f"validation loss   {before:.3f} -> {after:.3f} nats per {codec.unit} ({after - before:+.3f})")
-        say(f"speed             {rate:.1f} steps/s, {rate * task.batch * task.context:,.0f} {codec.unit}s/s")
-        say(f"peak memory       {memory}")
-        show(model.eval(), codec, task, args.seed)
-        say(f"seconds           {seconds:.1f} of fine-tuning, {time.perf_counter() - begin:.1f} in all")
+            torch.cuda.set_device(device)
+        elif device.type not in ("mps", "cpu"):
+            raise ValueError("another kind")
+    except Exception:  # torch raises many kinds
+        raise UserError(f"--device: got {name!r}, want cpu, or a cuda or mps device that is there") from None
+    return device
 
 
-def save(model: nn.Module, file: Path) -> None:
+def machine(device: torch.device, amp: bool, dtype: str = "float32") -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = f"{device} ({name}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{where}, {dtype}{', autocast to bfloat16' if amp else ''}"
+
+
+def need(package: str, option: str) -> Any:
+    """An optional package, or one line that says how to get it."""
     try:
-        svft.save_adapter(model, file)
-    except OSError as error:
-        raise UserError(f"--save: cannot write {str(file)!r}: {error}") from None
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{option}: needs the {package} package: pip install {package}") from None
 
 
-def distribute(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+def peak_memory(device: torch.device) -> float:
+    """The most that tensors held on a CUDA device since the last call, in GiB; 0 on another device."""
+    if device.type != "cuda":
+        return 0.0
+    held = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return held / 2**30
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process fill the cache while the others wait; then they read it."""
+    if RANK > 0:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+
+
+def parallel(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """model as it is to be trained: compiled if asked for, data-parallel under torchrun."""
     runner = torch.compile(model) if args.compile else model
-    if world() == 1:
-        return runner
-    return nn.parallel.DistributedDataParallel(runner, [device] if device.type == "cuda" else None)
+    own = [args.device] if args.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(runner, own) if WORLD > 1 else runner
 
 
-@torch.no_grad()
-def show(model: nn.Module, codec: Codec, task: Task, seed: int) -> None:
-    """Text before and after, and how far the merged model is from the adapted one. Merges model."""
-    prompt = task.val[: min(64, task.context // 2)].to(task.device)
-    with svft.disabled(model):
-        before = codec.decode(generate(model, prompt, 150, task.context, seed))
-    after = codec.decode(generate(model, prompt, 150, task.context, seed))
-    window = task.val[None, : task.context].to(task.device)
-    adapted = logits_of(model, window)
-    merged = logits_of(svft.merge(model), window)
-    difference, largest = float((merged - adapted).abs().max()), float(adapted.abs().max())
-    say(f"merged - adapted  at most {difference:.1e}, of logits up to {largest:.1f}")
-    for name, text in (("prompt", codec.decode(prompt.tolist())), ("before", before), ("after", after)):
-        say(f"--- {name}\n{text}")
-    say("---")
+class Progress:
+    """A line on stderr: on a terminal twice a second, over the one before; elsewhere a new one every 15 seconds."""
+
+    def __init__(self, label: str, steps: int, tokens: int) -> None:
+        self.label, self.steps, self.tokens, self.terminal = label, steps, tokens, sys.stderr.isatty()
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, done: int, loss: Tensor) -> None:
+        now = time.perf_counter()
+        if RANK or not self.label or now - self.last < (0.5 if self.terminal else 15):
+            return
+        self.last, rate = now, done / (now - self.start)
+        left = timedelta(seconds=int((self.steps - done) / rate))
+        line = f"{self.label}: step {done}/{self.steps}, loss {loss.item():.3f}, {rate * self.tokens:,.0f} tokens/s"
+        print(f"{line}, {left} left", end="\x1b[K\r" if self.terminal else "\n", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- the other methods, each from its formula
@@ -566,10 +515,10 @@ def show(model: nn.Module, codec: Codec, task: Task, seed: int) -> None:
 class Adapter(nn.Module):
     """A frozen linear layer W0 x + b, W0 (d1, d2), with something trained beside it."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self.d1, self.d2 = base.weight.shape
+        self.base = as_linear(base).requires_grad_(False)
+        self.d1, self.d2 = self.base.weight.shape
 
     def values(self, *shape: int, scale: float = 0.0) -> nn.Parameter:
         """A trained parameter on W0's device: uniform in [-scale, scale], or zero."""
@@ -580,7 +529,7 @@ class Adapter(nn.Module):
 class LoRA(Adapter):
     """h = W0 x + (alpha / r) B A x + b; B = 0 at the start, alpha = 2 r."""
 
-    def __init__(self, base: nn.Linear, r: int) -> None:
+    def __init__(self, base: nn.Module, r: int) -> None:
         super().__init__(base)
         self.A = self.values(r, self.d2, scale=self.d2**-0.5)  # (r, d2)
         self.B = self.values(self.d1, r)  # (d1, r)
@@ -603,9 +552,9 @@ class DoRA(LoRA):
     column. No gradient flows through it, which the authors of DoRA propose to save memory.
     """
 
-    def __init__(self, base: nn.Linear, r: int) -> None:
+    def __init__(self, base: nn.Module, r: int) -> None:
         super().__init__(base, r)
-        self.m = nn.Parameter(base.weight.detach().norm(dim=1))  # (d1,)
+        self.m = nn.Parameter(self.base.weight.detach().norm(dim=1))  # (d1,)
 
     def gain(self) -> Tensor:  # (d1,)
         return self.m / super().merged_weight().detach().norm(dim=1)
@@ -624,10 +573,10 @@ class VeRA(Adapter):
     shared: (d1, d2) -> the random, frozen A (r, d2) and B (d1, r), the same for all layers of one shape.
     """
 
-    def __init__(self, base: nn.Linear, r: int, shared: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, base: nn.Module, r: int, shared: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> None:
         super().__init__(base)
         if (self.d1, self.d2) not in shared:
-            A, B = (self.values(r, self.d2, scale=(3 / self.d2) ** 0.5), self.values(self.d1, r, scale=(3 / r) ** 0.5))
+            A, B = self.values(r, self.d2, scale=(3 / self.d2) ** 0.5), self.values(self.d1, r, scale=(3 / r) ** 0.5)
             shared[self.d1, self.d2] = A.detach(), B.detach()
         A, B = shared[self.d1, self.d2]
         self.register_buffer("A", A)
@@ -650,7 +599,7 @@ class BOFT(Adapter):
     shapes, g = d1 / (b 2^i).
     """
 
-    def __init__(self, base: nn.Linear, b: int, m: int) -> None:
+    def __init__(self, base: nn.Module, b: int, m: int) -> None:
         super().__init__(base)
         if b % 2 or self.d1 % (b * 2 ** (m - 1)):
             raise ValueError(f"b, m: got {b}, {m}, want b even and b 2^(m-1) to divide d1 = {self.d1}")
@@ -677,15 +626,19 @@ class BOFT(Adapter):
         return F.linear(x, self.merged_weight(), self.base.bias)
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """GPT-2's four linear layers per block, by name."""
-    return {name: layer for name, layer in model.named_modules() if name.rpartition(".")[2] in TARGETS}
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """layer; or for Hugging Face's Conv1D, whose weight is (d2, d1), an nn.Linear with its values."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.detach().T.contiguous()), layer.bias
+    return linear
 
 
-def adapt(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Freeze model and put make(layer) in the place of each of those layers."""
+def replace(model: nn.Module, targets: Targets, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Freeze model and put make(layer) in the place of each target."""
     model.requires_grad_(False)
-    for name, layer in linears(model).items():
+    for name, layer in svft._find_targets(model, targets).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, make(layer))
     return model
@@ -693,25 +646,21 @@ def adapt(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module
 
 # ---------------------------------------------------------------- python train_toy.py compare
 
-BANDS = [(1, 2), (3, 4), (8, 8), (16, 16)]  # (z1, z2): as many entries as LoRA r = 1, 2, 4, 8, within 5%
+METHODS = {  # the names in tables
+    "base": "as it was", "full": "full fine-tuning", "LoRA": "LoRA", "DoRA": "DoRA", "VeRA": "VeRA", "BOFT": "BOFT",
+    "plain": "SVFT plain", "banded": "SVFT banded", "random": "SVFT random", "top-k": "SVFT top-k",
+    "diagonal": "SVFT random with the diagonal", "gradient": "SVFT largest of U^T G V",
+    "kept": "SVFT truncated, W0 kept", "cut": "SVFT truncated, W0 cut too",
+}  # fmt: skip
+STYLES = {"LoRA": "C0^-", "DoRA": "C1v-", "VeRA": "C2D-", "BOFT": "C3P-"}  # of lines, as matplotlib writes them
+STYLES |= {"plain": "ko-", "banded": "ks-", "random": "kX--", "top-k": "kh:"}
 ENTRIES = 64  # of each M in the truncation study, whatever the rank: all of M at rank 8
-NAMES = {
-    "plain": "SVFT plain",
-    "banded": "SVFT banded",
-    "random": "SVFT random",
-    "top-k": "SVFT top-k [1]",
-    "diagonal": "SVFT random with the diagonal",
-    "gradient": "SVFT largest of U^T G V",
-    "kept": "SVFT rank r, W0 kept",
-    "cut": "SVFT rank r, W0 cut to it",
-}
-NOTES = """\
-recovered: (base - method) / (base - full fine-tuning), of the losses on the test split; mean and standard
-deviation over the seeds. lr: of those tried with seed 0, the best on the validation split; * the smallest or
-the largest of them.
-[1] top-k on the square weights only, where it is defined; as many random entries on the others.
-LoRA and DoRA: alpha = 2 r. DoRA: the norm per output feature, no gradient through it. BOFT: m factors of b x b
-blocks on the output side. VeRA: A and B shared by the layers of one shape."""
+TABLE_NOTES = """\
+Sizes: r of LoRA, DoRA, VeRA; b,m of BOFT: m factors of b x b blocks on the output side; z1,z2 of a band, of which
+random and top-k have as many entries (top-k on the square weights, random ones on the others); rank of a truncated SVD.
+recovered: (base - method) / (base - full fine-tuning), of the losses on the test split. +-: standard deviation over
+the seeds. lr: of those tried with seed 0, the best on the validation split; * the smallest or the largest of them.
+LoRA, DoRA: alpha = 2 r. DoRA: the norm per output feature, no gradient through it. VeRA: A, B shared by shape."""
 
 
 class Entry(NamedTuple):
@@ -721,67 +670,36 @@ class Entry(NamedTuple):
     size: tuple[int, ...] = ()
 
     def label(self) -> str:
-        return " ".join([NAMES.get(self.method, self.method), self.setting()]).strip()
-
-    def setting(self) -> str:
-        if len(self.size) < 2:
-            return "".join(f"r={r}" for r in self.size)
-        if self.method == "BOFT":
-            return "b={}, m={}".format(*self.size)
-        return f"d={self.size[0]}" if self.size[0] == self.size[1] else "z1={}, z2={}".format(*self.size)
-
-    def rates(self, quick: bool) -> list[float]:
-        """The learning rates to try: the middle one, half and twice it. The middles were found on this task."""
-        if self.method in NAMES:
-            band = svft.omega_banded(Config.width, Config.width, *(self.size if len(self.size) == 2 else (0, 0)))
-            middle = svft_lr(ENTRIES if self.method in ("kept", "cut") else band.shape[1])
-            middle /= 2 if self.method in ("kept", "cut", "gradient") else 1
-        else:
-            first = self.size[0] if self.size else 1
-            middle = {"full": 0.0025, "VeRA": 0.12, "BOFT": 0.05 / first}.get(self.method, 0.02 * first ** (-1 / 3))
-        return [middle] if quick else [middle / 2, middle, middle * 2]
+        return f"{METHODS[self.method]} {','.join(map(str, self.size))}".strip()
 
 
-FIGURE = [
-    Entry("full"),
-    *(Entry("LoRA", (r,)) for r in (1, 2, 4, 8)),
-    *(Entry("DoRA", (r,)) for r in (1, 2, 4)),
-    *(Entry("VeRA", (r,)) for r in (16, 256)),
-    *(Entry("BOFT", size) for size in ((2, 2), (4, 3), (8, 4))),
-    Entry("plain"),
-    *(Entry("banded", band) for band in BANDS),
-    *(Entry("random", band) for band in BANDS),
-    *(Entry("top-k", band) for band in BANDS[:3]),
-]
-QUICK = [Entry("full"), Entry("LoRA", (1,)), Entry("LoRA", (4,)), Entry("DoRA", (4,)), Entry("VeRA", (256,))]
-QUICK += [Entry("BOFT", (4, 3)), Entry("plain"), *(Entry(m, b) for m in ("banded", "random") for b in BANDS[::2])]
-QUICK += [Entry("top-k", (8, 8))]
-RANKS = [Config.width // 16, Config.width // 4, 3 * Config.width // 4]
+def entries(text: str) -> list[Entry]:
+    """ "plain; LoRA 1 4" -> three entries."""
+    rows = [(method, sizes or [""]) for method, *sizes in map(str.split, text.split(";"))]
+    return [Entry(method, tuple(map(int, filter(None, size.split(","))))) for method, sizes in rows for size in sizes]
+
+
+# The most telling rows first: --quick takes eight. Bands have as many entries as LoRA r = 1, 2, 4, 8, within 5%.
+SMALL = entries(
+    "base; full; LoRA 1 4; VeRA 256; plain; banded 1,2 8,8; LoRA 2 8; banded 3,4 16,16; random 1,2 3,4 8,8 16,16; "
+    "top-k 1,2 3,4 8,8; DoRA 1 2 4; VeRA 16; BOFT 2,2 4,3 8,4"
+)
+LARGE = entries(
+    "base; full; LoRA 4 32; VeRA 1024; plain; banded 2,2 8,8 16,16; LoRA 1 8; random 2,2 8,8 16,16; top-k 8,8; "
+    "DoRA 1 8; BOFT 8,2"
+)
 STUDIES = {
-    f"Truncation, {ENTRIES} random entries in each M": [
-        *(Entry(method, (r,)) for r in RANKS for method in ("kept", "cut")),
-        Entry("kept", (Config.width,)),
-    ],
-    "Random, the diagonal always held or not": [
-        Entry(method, band) for band in BANDS[:3] for method in ("random", "diagonal")
-    ],
-    "Omega chosen by the gradient at the start, against the paper's four": [
-        Entry("plain"),
-        *(Entry(m, band) for band in BANDS[:3] for m in ("banded", "random", "top-k", "gradient")),
-    ],
+    f"Truncation, {ENTRIES} random entries in each M": entries("kept 8 32 96 128; cut 8 32 96"),
+    "Random, the diagonal always held or not": entries("random 1,2 3,4 8,8; diagonal 1,2 3,4 8,8"),
+    "Omega chosen by the gradient at the start, against the paper's four": entries(
+        "plain; banded 1,2 3,4 8,8; random 1,2 3,4 8,8; top-k 1,2 3,4 8,8; gradient 1,2 3,4 8,8"
+    ),
 }
 
 
-class Outcome(NamedTuple):
-    """What came of an entry at its best learning rate."""
-
-    lr: str  # with a star where it is the largest or smallest of those tried
-    trained: int  # parameters
-    test: list[float]  # loss in nats per byte, for each seed
-
-
-def omega_of(method: str, svd: svft.SVD, size: tuple[int, ...], seed: int, G: Tensor | None) -> Tensor:
-    """Omega of one layer, as many entries as the band `size`; G (d1, d2): the gradient with respect to W0."""
+def omega_of(entry: Entry, seeds: Iterator[int], gradients: Iterator[Tensor], svd: svft.SVD) -> Tensor:
+    """Omega of the next layer: as many entries as the band, by its SVD, its seed, or the gradient at the start."""
+    (method, size), seed, G = entry, next(seeds), next(gradients, None)  # G (d1, d2), with respect to W0
     r1, r2 = svd.U.shape[1], svd.Vh.shape[0]
     if method in ("kept", "cut"):
         return svft.omega_random(r1, r2, ENTRIES, seed=seed)
@@ -801,483 +719,419 @@ def omega_of(method: str, svd: svft.SVD, size: tuple[int, ...], seed: int, G: Te
     return svft.omega_random(r1, r2, k, seed=seed)
 
 
-def gradients(model: nn.Module, task: Task, batches: int = 16) -> dict[str, Tensor]:
-    """Name -> G (d1, d2): the loss's gradient with respect to each weight, summed over training batches."""
+def gradients(model: nn.Module, task: Task, targets: Targets, batches: int = 16) -> list[Tensor]:
+    """G (d1, d2) of each target: the loss's gradient with respect to its weight, summed over training batches."""
     generator = torch.Generator().manual_seed(0)
     model.requires_grad_(True)
     for _ in range(batches):
         loss_of(model, task.draw(generator), task).backward()
-    found = {name: layer.weight.grad for name, layer in linears(model).items()}
+    found = [layer.weight.grad for layer in svft._find_targets(model, targets).values()]
     model.zero_grad()
     return found
 
 
-def build(model: nn.Module, entry: Entry, seed: int, task: Task, cache: Path) -> nn.Module:
+def build(model: nn.Module, entry: Entry, seed: int, task: Task, args: argparse.Namespace) -> None:
     """Freeze model but for what the method trains, which starts at W0 ("cut": at the best rank-r part of it)."""
     torch.manual_seed(seed)
     method, size = entry
-    shared: dict = {}
-    makers = {"LoRA": LoRA, "DoRA": DoRA, "BOFT": BOFT, "VeRA": lambda layer, r: VeRA(layer, r, shared)}
-    if method == "full":
-        return model.requires_grad_(True)
-    if method in makers:
-        return adapt(model, lambda layer: makers[method](layer, *size))
-    G = gradients(model, task) if method == "gradient" else {}
-    r = size[0] if method in ("kept", "cut") else None
-    for number, (name, layer) in enumerate(linears(model).items()):
-        svd = svft.compute_svd(layer.weight, rank=r, cache_dir=cache)
-        if method == "cut":  # as the paper's truncation does to the base model
-            layer.weight.data = (svd.U * svd.S) @ svd.Vh
-        svft.inject(model, [name], omega_of(method, svd, size, 1000 * seed + number, G.get(name)), svd=svd)
-    return model
+    model.requires_grad_(method == "full")
+    others = {"LoRA": LoRA, "DoRA": DoRA, "BOFT": BOFT, "VeRA": functools.partial(VeRA, shared={})}
+    if method in others:
+        replace(model, args.targets, lambda layer: others[method](layer, *size))
+    elif method not in ("base", "full"):
+        G = iter(gradients(model, task, args.targets) if method == "gradient" else [])
+        seeds = itertools.count(1000 * seed)  # inject takes the layers in the model's order
+        rank = size[0] if method in ("kept", "cut") else None
+        pattern = functools.partial(omega_of, entry, seeds, G)
+        svft.inject(model, args.targets, pattern, rank=rank, cache_dir=args.cache)
+    for layer in model.modules():
+        if method == "cut" and isinstance(layer, svft.SVFTLinear):  # as the paper's truncation does to the base model
+            layer.weight.data = (layer.U * layer.S) @ layer.Vh
+
+
+class Run(NamedTuple):
+    entry: Entry
+    lr: float
+    seed: int
+
+    def label(self) -> str:
+        return f"{self.entry.label()}, lr {self.lr:.3g}, seed {self.seed}"
 
 
 class Study:
-    """Runs entries and keeps every finished run in a file at once: JSON lines {"config": ..., "result": ...}."""
+    """Does runs, and keeps each finished one in a file at once, one JSON line each.
 
-    def __init__(self, base: nn.Module, task: Task, args: argparse.Namespace) -> None:
-        self.base, self.task, self.args, self.file = base, task, args, args.out / "runs.jsonl"
-        data = digest(task.train, task.val, task.test, task.context, task.batch, task.amp)
-        self.fixed = {"base": digest(*base.state_dict().values()), "data": data, "steps": args.steps}
-        self.fixed["device"] = task.device.type
-        self.results: dict[str, dict] = {}
-        self.seen: set[str] = set()
+    Several processes may work on one file, and another machine may go on with it.
+    """
+
+    def __init__(self, base: nn.Module, task: Task, args: argparse.Namespace, rows: list[Entry]) -> None:
+        self.base, self.task, self.args, self.rows = base, task, args, rows
+        layers = svft._find_targets(base, args.targets)
+        self.n = [min(layer.weight.shape) for layer in layers.values()]
+        data = digest(task.train, task.val, task.test, task.context, task.batch, task.amp, task.windows)
+        self.fixed = {"base": digest(*base.state_dict().values(), *layers), "data": data, "steps": args.steps}
+        self.file, self.results = args.out / "runs.jsonl", {}
+        self.read()
+
+    def read(self) -> None:
+        """Take in what this process and others have finished."""
         for line in self.file.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that Ctrl-C cut short
-                row = json.loads(line)
-                [float(row["result"][name]) for name in ("trained", "val", "test", "seconds")]  # are they there?
-                self.results[json.dumps(row["config"])] = row["result"]
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut short
+                (method, size, lr, seed), fixed, result = json.loads(line)
+                if fixed == self.fixed:
+                    found = {name: float(result[name]) for name in ("trained", "val", "test", "seconds")}
+                    self.results[Run(Entry(method, tuple(size)), lr, seed)] = found
 
-    def run(self, entry: Entry, lr: float, seed: int, total: int) -> dict:
-        """trained, val, test and seconds of one run, from the file if it is there; total: of runs, for the progress."""
-        config = {"method": entry.method, "size": entry.size, "lr": lr, "seed": seed, **self.fixed}
-        key = json.dumps(config)
-        self.seen.add(key)
-        if key in self.results:
-            return self.results[key]
-        start, task = time.perf_counter(), self.task
-        model = build(copy.deepcopy(self.base), entry, seed, task, self.args.cache)
-        result: dict = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-        train(model, task, self.args.steps, lr, seed)
+    def middle(self, entry: Entry) -> float:
+        """The learning rate to begin with."""
+        (method, size), large = entry, bool(self.args.base)
+        if method == "base":
+            return 0.0
+        if method.lower() in RATES:
+            return usual_lr(method.lower(), size[0] if size else 1, large)
+        few, (z1, z2) = method in ("kept", "cut"), size if len(size) == 2 else (0, 0)
+        band = statistics.mean(n * (z1 + z2 + 1) - (z1 * (z1 + 1) + z2 * (z2 + 1)) / 2 for n in self.n)  # entries of M
+        return usual_lr("svft", ENTRIES if few else band, large) / (2 if few or method == "gradient" else 1)
+
+    def grid(self, entry: Entry) -> tuple[dict[float, dict[str, float]], float | None, list[float]]:
+        """Results with seed 0 by learning rate; the best rate, once all are tried; the rates still to try.
+
+        They are half, once and twice the middle; where the best is at an edge, the grid goes on in its direction.
+        """
+        low, high = (0, 0) if self.args.quick or entry.method == "base" else (-1, 1)
+        while True:
+            rates = [self.middle(entry) * 2.0**e for e in range(low, high + 1)]
+            tried = {lr: self.results[run] for lr in rates if (run := Run(entry, lr, 0)) in self.results}
+            # a loss that is not a number is the worst
+            best = min(tried, key=lambda lr: (math.isnan(tried[lr]["val"]), tried[lr]["val"]), default=None)
+            inside = len(rates) in (1, 6) or best not in (rates[0], rates[-1])
+            if inside or len(tried) < len(rates):
+                return tried, best, [lr for lr in rates if lr not in tried]
+            low, high = (low - 1, high) if best == rates[0] else (low, high + 1)
+
+    def pending(self) -> tuple[list[Run], int]:
+        """The runs to do next, those with seed 0 first; and how many are left in all, as far as can be known."""
+        todo, later = [], 0
+        for entry in self.rows:
+            _, best, rates = self.grid(entry)
+            more = range(1, 1 if entry.method == "base" else self.args.seeds)
+            todo += [Run(entry, lr, 0) for lr in rates]
+            todo += [run for seed in more if not rates and (run := Run(entry, best, seed)) not in self.results]
+            later += len(more) if rates else 0
+        return sorted(todo, key=lambda run: run.seed), len(todo) + later
+
+    def work(self) -> None:
+        """Do all runs, and leave to other processes on the same file what they have taken."""
+        begin, before = time.perf_counter(), len(self.results)
+        with open(self.args.out / "runs.lock", "ab") as lock:
+            while (todo := self.pending()[0]) and time.perf_counter() - begin < 60 * self.args.minutes:
+                run = next((run for run in todo if claim(lock, [run, self.fixed])), None)
+                time.sleep(run is None)  # others do all that is left
+                self.read()
+                if run and run not in self.results:
+                    result = self.do(run)
+                    left = self.pending()[1]
+                    seconds = left * (time.perf_counter() - begin) / (len(self.results) - before)
+                    more = f"{left} more runs, {timedelta(seconds=int(seconds))} left"
+                    say(f"{run.label()}: validation loss {result['val']:.4f}, {result['seconds']:.1f} s; {more}")
+
+    def do(self, run: Run) -> dict[str, float]:
+        start, task, model = time.perf_counter(), self.task, copy.deepcopy(self.base)
+        build(model, run.entry, run.seed, task, self.args)
+        result: dict[str, float] = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        if run.lr:
+            train(model, task, self.args.steps, run.lr, run.seed, run.label())
         result |= {split: evaluate(model, getattr(task, split), task) for split in ("val", "test")}
         result["seconds"] = time.perf_counter() - start
         with open(self.file, "a") as file:  # on a line of its own, whatever the one before looks like
-            file.write("\n" + json.dumps({"config": config, "result": result}) + "\n")
-        self.results[key] = result
-        left = (total - len(self.seen)) * statistics.mean(self.results[key]["seconds"] for key in self.seen)
-        say(
-            f"[{len(self.seen)}/{total}] {entry.label()}, lr {lr:.3g}, seed {seed}: validation loss "
-            f"{result['val']:.3f}, {result['seconds']:.1f} s; {clock(left)} left"
-        )
+            file.write("\n" + json.dumps([[*run.entry, run.lr, run.seed], self.fixed, result]) + "\n")
+        self.results[run] = result
         return result
 
-    def best(self, entry: Entry, total: int) -> Outcome:
-        """The entry at the rate that does best on the validation split with seed 0, over all seeds."""
-        rates = entry.rates(self.args.quick)
-        tried = {lr: self.run(entry, lr, 0, total)["val"] for lr in rates}
-        lr = min(rates, key=lambda lr: tried[lr] if tried[lr] == tried[lr] else math.inf)
-        runs = [self.run(entry, lr, seed, total) for seed in range(self.args.seeds)]
-        star = " *" if len(rates) > 1 and lr in (rates[0], rates[-1]) else ""
-        return Outcome(f"{lr:.2g}{star}", runs[0]["trained"], [run["test"] for run in runs])
 
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A table that reads well on a terminal too: the first two columns to the left, numbers to the right."""
-    widths = [max(len(row[c]) for row in [heads, *rows]) for c in range(len(heads))]
-    sides = ["<" if c < 2 else ">" for c in range(len(heads))]
-
-    def line(cells: list[str]) -> str:
-        padded = (f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(sides, widths, strict=True)]
-    return "\n".join(map(line, [heads, rule, *rows]))
-
-
-def results_table(entries: list[Entry], outcomes: dict[Entry, Outcome], recovered: dict, total: int) -> str:
-    rows = []
-    for entry in entries:
-        lr, trained, test = outcomes[entry]
-        share = f"{100 * statistics.mean(recovered[entry]):.1f}"
-        loss = f"{statistics.mean(test):.4f}"
-        if len(test) > 1:
-            share, loss = f"{share} +- {100 * spread(recovered[entry]):.1f}", f"{loss} +- {spread(test):.4f}"
-        parameters = f"{trained:,}", f"{100 * trained / total:.2f}"
-        rows.append([NAMES.get(entry.method, entry.method), entry.setting(), *parameters, lr, loss, share])
-    heads = ["method", "size", "trained", "% of model", "lr", "test loss, nats/byte", "recovered, %"]
-    return markdown(heads, rows)
-
-
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def bar(outcomes: dict[Entry, Outcome], recovered: dict[Entry, list[float]]) -> str:
-    """Do banded and random SVFT recover at least as much as LoRA of the same size, on every seed?"""
-    rows, passed = [], True
-    for lora in (entry for entry in outcomes if entry.method == "LoRA"):
-        for entry in (entry for entry in outcomes if entry.method in ("banded", "random")):
-            size, want = outcomes[entry].trained, outcomes[lora].trained
-            if abs(size - want) > 0.05 * want:
-                continue
-            ahead = [a - b for a, b in zip(recovered[entry], recovered[lora], strict=True)]
-            passed &= min(ahead) >= 0
-            verdict = "PASS" if min(ahead) >= 0 else "FAIL"
-            points = ", ".join(f"{100 * value:+.1f}" for value in ahead)
-            rows.append([entry.label(), lora.label(), f"{size / want - 1:+.1%}", points, verdict])
-    heads = ["SVFT", "LoRA", "more parameters by", "ahead by, points, each seed", "verdict"]
-    return f"{markdown(heads, rows)}\n\nThe bar as a whole: {'PASS' if passed and rows else 'FAIL'}"
-
-
-def plot(outcomes: dict[Entry, Outcome], recovered: dict[Entry, list[float]], stem: Path) -> str:
-    """The figure as PNG and SVG, with matplotlib where it is installed; SVFT in black, the others in colour."""
+def claim(lock: Any, run: Any) -> bool:
+    """Whether this process may do the run. When the process that took it ends, the system gives it back."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no plot: it needs the matplotlib package (pip install matplotlib)"
+        import fcntl
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(digest(run), 16) >> 2)  # one byte stands for the run
+    except ImportError:  # Windows: nothing is shared
+        pass
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+class Point(NamedTuple):
+    """What came of an entry at its best learning rate: test losses, and recovered shares in %, one for each seed."""
+
+    entry: Entry
+    trained: int  # parameters
+    lr: str  # with a star where it is the largest or smallest of those tried
+    test: list[float]
+    recovered: list[float]
+
+
+def points_of(study: Study) -> dict[Entry, Point]:
+    """What is finished, by method and size; the base model and full fine-tuning come first."""
+    found: dict[Entry, Point] = {}
+    for entry in sorted(study.rows, key=lambda entry: (list(METHODS).index(entry.method), entry.size)):
+        tried, lr, _ = study.grid(entry)
+        if tried:
+            runs = [Run(entry, lr, seed) for seed in range(study.args.seeds)]
+            test = [study.results[run]["test"] for run in runs if run in study.results]
+            star = " *" if len(tried) > 1 and lr in (min(tried), max(tried)) else ""
+            found[entry] = Point(entry, int(tried[lr]["trained"]), f"{lr:.2g}{star}", test, [])
+    start, goal = (statistics.mean(found[e].test) if (e := Entry(m)) in found else math.nan for m in ("base", "full"))
+    if not goal < start:
+        raise UserError("--steps, --minutes: got too few, want a full fine-tuning that gains something to compare with")
+    for point in found.values():
+        point.recovered.extend(100 * (start - loss) / (start - goal) for loss in point.test)
+    return found
+
+
+def table(points: list[Point], total: int, unit: str) -> str:
+    def spread(values: list[float], digits: int) -> str:
+        deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+    rows = [["method, size", "trained", "% of model", "lr", f"test loss, nats/{unit}", "recovered, %"]]
+    for entry, n, lr, test, recovered in points:
+        rows.append([entry.label(), f"{n:,}", f"{100 * n / total:.2f}", lr, spread(test, 4), spread(recovered, 1)])
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table that reads well on a terminal too: heads first; all but the first column are set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * (w - (c > 0)) + ":" * (c > 0) for c, w in enumerate(widths)], *rows[1:]]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+
+
+def text_plot(points: list[Point]) -> str:
+    """The figure as text, which every page shows: a bar for each point, the one with the fewest parameters first."""
+    low = 10 * math.floor(max(0, min(statistics.mean(point.recovered) for point in points)) / 10)
+    lines = [f"{'':<22}{'trained':>12}  {low:<3}{'recovered, %':^54}100"]
+    for entry, trained, *_, recovered in sorted(points, key=lambda point: point.trained):
+        share = statistics.mean(recovered)
+        bar = ("#" if "SVFT" in METHODS[entry.method] else "-") * round(60 * (share - low) / (100 - low))
+        lines.append(f"{entry.label():<22}{trained:>12,} |{bar} {share:.1f}")
+    return "\n".join([*lines, "# SVFT, - another method"])
+
+
+def plot(points: list[Point], stem: str) -> str:
+    """The figure as PNG and SVG, where matplotlib is installed: SVFT in black, the others in colour."""
+    if not importlib.util.find_spec("matplotlib"):
+        return "no picture: it needs the matplotlib package (pip install matplotlib)"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xscale="log")
-    axes.axhline(100, color="black", linewidth=0.8, label=f"full fine-tuning ({outcomes[Entry('full')].trained:,})")
-    methods = [method for method in dict.fromkeys(entry.method for entry in outcomes) if method != "full"]
-    for method, marker in zip(methods, "^vDoPsXh", strict=False):
-        entries = [entry for entry in outcomes if entry.method == method]
-        axes.errorbar(
-            [outcomes[entry].trained for entry in entries],
-            [100 * statistics.mean(recovered[entry]) for entry in entries],
-            [100 * spread(recovered[entry]) for entry in entries],
-            label=NAMES.get(method, method).removesuffix(" [1]"),
-            marker=marker,
-            linestyle={"random": "--", "top-k": ":"}.get(method, "-"),
-            linewidth=1,
-            capsize=3,
-            markersize=5,
-            color="black" if method in NAMES else None,
-            markerfacecolor={"plain": "black", "banded": "black", "random": "0.6"}.get(method, "white"),
-        )
-    axes.set_xlabel("trained parameters (log scale)")
-    axes.set_ylabel("share of full fine-tuning's gain recovered, %")
+    axes = figure.add_subplot(
+        xscale="log", xlabel="trained parameters", ylabel="recovered, % of full fine-tuning's gain"
+    )
+    axes.axhline(100, color="black", linewidth=0.8, label="full fine-tuning")
+    for method, style in STYLES.items():
+        if mine := [point for point in points if point.entry.method == method]:
+            y = [statistics.mean(point.recovered) for point in mine]
+            errors = [statistics.stdev(point.recovered) if len(point.recovered) > 1 else 0 for point in mine]
+            axes.errorbar([point.trained for point in mine], y, errors, fmt=style, label=METHODS[method], capsize=3)
     axes.grid(alpha=0.3)
     axes.legend()
     for kind in ("png", "svg"):
         figure.savefig(f"{stem}.{kind}", dpi=150)
-    return f"plot: {stem}.png, {stem}.svg"
+    return f"picture: {stem}.png, {stem}.svg"
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Runs what is not in the file yet, then prints the tables and draws the figure."""
-    device = pick_device(args.device)
-    settings = argparse.Namespace(context=Config.context, batch=8, amp=False)
-    task = make_task(read_topics(), "pydoc_data.topics", BYTES, settings, device)
+    """Does what runs are not in the file yet, then prints the tables and draws the figure."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         open(args.out / "runs.jsonl", "a").close()
     except OSError as error:
         raise UserError(f"--out: cannot write in the folder {args.out}: {error}") from None
-    args.steps, args.seeds = args.steps or (100 if args.quick else 120), args.seeds or (2 if args.quick else 3)
-    base = pretrained(args.cache, device)
-    figure, studies = (QUICK, {}) if args.quick else (FIGURE, STUDIES)
-    entries = list(dict.fromkeys([*figure, *(entry for rows in studies.values() for entry in rows)]))
-    study = Study(base, task, args)
-    total = sum(len(entry.rates(args.quick)) + args.seeds - 1 for entry in entries)
-    start, goal = evaluate(base, task.test, task), statistics.mean(study.best(Entry("full"), total).test)
-    if not goal < start:
-        raise UserError(f"--steps: got {args.steps}, want more: full fine-tuning gained nothing to compare with")
-    outcomes = {entry: study.best(entry, total) for entry in entries}
-    recovered = {entry: [(start - loss) / (start - goal) for loss in o.test] for entry, o in outcomes.items()}
-    size = sum(p.numel() for p in base.parameters())
-    drawn = {entry: outcomes[entry] for entry in figure}
-    text = [f"Test loss {start:.4f} nats per byte before, {goal:.4f} after full fine-tuning; {args.seeds} seeds, "]
-    text[0] += f"{args.steps} steps of {task.batch} x {task.context} bytes. {machine(device)}."
-    text += [results_table(figure, outcomes, recovered, size), NOTES]
-    text += ["## At equal size, SVFT against LoRA", bar(drawn, recovered)]
-    for title, rows in studies.items():
-        text += [f"## {title}", results_table(rows, outcomes, recovered, size)]
-    stem = args.out / ("compare-quick" if args.quick else "compare")
-    stem.with_suffix(".md").write_text("\n\n".join(text) + "\n")
-    say("\n" + "\n\n".join(text))
-    say(f"\ntable: {stem}.md\n{plot(drawn, recovered, stem)}")
+    large, few = bool(args.base), args.quick and bool(args.base)
+    args.context, args.batch, args.seed = 256 if large else Config.context, 4 if few else 8, 0
+    args.steps, args.seeds = args.steps or (20 if few else 120), args.seeds or (1 if args.quick else 3)
+    with refusals():
+        base, codec, task = load(args)
+        replace(base, args.targets, as_linear)
+    task.windows = 16 if few else task.windows
+    figure = (LARGE if large else SMALL)[: 8 if args.quick else None]
+    studies = {"": figure} | ({} if large or args.quick else STUDIES)
+    study = Study(base, task, args, list(dict.fromkeys(itertools.chain(*studies.values()))))
+    study.work()
+    points, total = points_of(study), sum(p.numel() for p in base.parameters())
+    tables = {
+        title: table([point for point in points.values() if point.entry in rows], total, codec.unit)
+        for title, rows in studies.items()
+    }
+    drawn = [point for point in points.values() if point.entry in figure and point.entry.method in STYLES]
+    size = f"{args.seeds} seeds, {args.steps} steps of {task.batch} x {task.context} {codec.unit}s"
+    text = [f"{args.base or 'The small GPT-2'}, {size}, {machine(task.device, task.amp)}."]
+    text += [tables.pop(""), TABLE_NOTES, f"```text\n{text_plot(drawn)}\n```"]
+    text += [f"## {title}\n\n{rows}" for title, rows in tables.items()]
+    stem = str(args.out / "-".join(["compare", *[Path(args.base or "").name] * large, *["quick"] * args.quick]))
+    Path(f"{stem}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    say("\n" + "\n\n".join(text) + f"\n\ntable: {stem}.md\n{plot(drawn, stem)}")
 
 
 # ---------------------------------------------------------------- python train_toy.py bench
 
+WHOLE = Config(vocabulary=50257, context=1024, layers=12, heads=12, width=768)
 BLOCK = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]  # (d1, d2) of GPT-2's c_attn, c_proj, c_fc, c_proj
-PATTERNS = {"plain": ("plain", 0), "banded 2": ("banded", 2), "banded 16": ("banded", 16), "random 16": ("random", 16)}
+PATTERNS = {"plain": ("plain", 0), "banded 2": ("banded", 2), "banded 16": ("banded", 16)}
+SIZES = ["vocab_size", "n_positions", "n_layer", "n_head", "n_embd"]  # Config's fields, as transformers calls them
 PATHS = ["dense", "gather", "fused"]
-Form = tuple[str, str]  # how a layer computes, and its pattern, "" where there is none
 
 
-class AuthorsForm(nn.Module):
-    """SVFT in the order in which the authors' code takes it: a sum of two sparse matrices, times V^T, transposed,
-    times U^T, gives the weight's transpose, by which x is multiplied. Trains the sparse values."""
-
-    def __init__(self, layer: svft.SVFTLinear) -> None:
-        super().__init__()
-        self.U, self.S, self.Vh, self.bias, self.omega = layer.U, layer.S, layer.Vh, layer.bias, layer.omega
-        self.m = nn.Parameter(layer.m.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = len(self.S)
-        diagonal = torch.arange(n, device=x.device).expand(2, n)
-        Sigma = torch.sparse_coo_tensor(diagonal, self.S, (n, n), check_invariants=False)
-        M = torch.sparse_coo_tensor(self.omega, self.m, (n, n), check_invariants=False)
-        return x @ (torch.sparse.mm(Sigma + M, self.Vh).T @ self.U.T) + self.bias  # (T, d2) @ (d2, d1)
-
-
-def peft_lora(base: nn.Linear) -> nn.Module:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("--peft: needs the peft package: pip install peft") from None
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["linear"])
-    return inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
+def bench(args: argparse.Namespace) -> None:
+    """Times training steps of GPT-2, then training of single layers."""
+    begin, gpu = time.perf_counter(), args.device.type != "cpu"
+    args.peft, args.amp = need("peft", "--peft") if args.peft else None, bool(args.amp)
+    args.batch = args.batch or (8 if gpu else 1)
+    args.context = args.context or (1024 if gpu else 256)
+    config = WHOLE if gpu else dataclasses.replace(WHOLE, layers=4)
+    say(machine(args.device, args.amp, args.dtype))
+    args.dtype = getattr(torch, args.dtype)
+    size = f"{config.layers} of its {WHOLE.layers} blocks, random weights, {args.batch} x {args.context} tokens"
+    say(f"\nA training step of GPT-2: {size}\n\n{steps_table(args, config)}")
+    say("\nSingle layers, forward and backward: time over a frozen linear layer's; auto: the path that it takes\n")
+    say(layers_table(args, [256] if args.quick else [256, 1024, 8192] if gpu else [64, 256, 1024]))
+    say(f"\n{time.perf_counter() - begin:.0f} s")
 
 
-def bench_layers(
-    d1: int, d2: int, device: torch.device, peft: bool = False, dtype: torch.dtype = torch.float32
-) -> dict[Form, nn.Module]:
+def bench_models(args: argparse.Namespace, config: Config, cache: str) -> Iterator[tuple[str, nn.Module]]:
+    """GPT-2 with random weights, of transformers where it is installed, and with each method in turn."""
+    torch.manual_seed(0)
+    if importlib.util.find_spec("transformers"):
+        hf, sizes = need("transformers", "bench"), dict(zip(SIZES, dataclasses.astuple(config), strict=True))
+        base = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, use_cache=False))
+    else:
+        base = GPT2(config)
+    base = base.to(args.device, args.dtype).train()
+    yield "full fine-tuning", copy.deepcopy(base)
+    yield "LoRA r=8", replace(copy.deepcopy(base), TARGETS, lora8)
+    if args.peft:
+        lora = args.peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+        yield "LoRA r=8, peft's", args.peft.inject_adapter_in_model(lora, copy.deepcopy(base).requires_grad_(False))
+    for name, (pattern, d) in PATTERNS.items():
+        yield f"SVFT {name}", svft.inject(copy.deepcopy(base), TARGETS, pattern, d, cache_dir=cache)
+
+
+def lora8(layer: nn.Module) -> LoRA:
+    return LoRA(layer, 8)
+
+
+def steps_table(args: argparse.Namespace, config: Config) -> str:
+    """What a step of each method takes. All models are there at once; the memory is of each alone."""
+    steps, rows, held = {}, {}, 0.0
+    window = torch.randint(config.vocabulary, (args.batch, args.context + 1))
+    task = Task(window, window, window, args.context, args.batch, args.device, args.amp)
+    torch._dynamo.config.recompile_limit = 64  # with --compile: the models share their code
+
+    def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        loss_of(model, window, task).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with tempfile.TemporaryDirectory() as cache:  # of the SVDs
+        for name, model in bench_models(args, config, cache):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, 1e-5, fused=True)
+            runner = torch.compile(model) if args.compile else model
+            steps[name] = functools.partial(one_step, runner, optimizer)
+            peak_memory(args.device)
+            seconds_of(steps[name], 1 if args.device.type == "cpu" else 3)
+            peak = peak_memory(args.device)
+            memory = f"{peak - held:.2f}" if peak else "-"
+            rows[name] = [name, f"{sum(p.numel() for p in trained):,}", memory]
+            held = torch.cuda.memory_allocated() / 2**30
+    times = medians(steps, 5 if args.quick else 20)
+    body = [[*rows[name], f"{1000 * s:.1f}", f"{args.batch * args.context / s:,.0f}"] for name, s in times.items()]
+    return markdown([["method", "trained", "peak memory, GiB", "ms per step", "tokens/s"], *body])
+
+
+def bench_layers(d1: int, d2: int, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Layers d2 -> d1 with one W0, which is made from its SVD, so that nobody has to wait for one."""
     torch.manual_seed(0)
     n = min(d1, d2)
     U, V = (torch.linalg.qr(torch.randn(d, n)).Q.to(device) for d in (d1, d2))  # (d1, n), (d2, n)
-    svd = svft.SVD(U, torch.linspace(2, 0.1, n, device=device), V.T.contiguous())
-    full = nn.Linear(d2, d1, device=device)
-    full.weight.data = (svd.U * svd.S) @ svd.Vh
-    full, svd = full.to(dtype), svft.SVD(*(t.to(dtype) for t in svd))
-    frozen, lora = copy.deepcopy(full).requires_grad_(False), LoRA(copy.deepcopy(full), 8)
-    layers: dict[Form, nn.Module] = {("frozen", ""): frozen, ("full", ""): full, ("LoRA r=8", ""): lora}
-    if peft:
-        layers["PEFT", ""] = peft_lora(copy.deepcopy(full))
-    for name, (pattern, d) in PATTERNS.items():
-        for path in [*PATHS, "auto"] if dtype == torch.float32 else ["dense", "gather", "auto"]:
-            layers[path, name] = svft.SVFTLinear(full, pattern, d, path=path, svd=svd)
-        layers["authors", name] = AuthorsForm(layers["auto", name])
-    return layers
+    S = torch.linspace(2, 0.1, n, device=device)
+    full = nn.Linear(d2, d1, device=device, dtype=dtype)
+    full.weight.data = ((U * S) @ V.T).to(dtype)
+    svd = svft.SVD(*(t.to(dtype) for t in (U, S, V.T)))
+    layers = {name: svft.SVFTLinear(full, pattern, d, svd=svd) for name, (pattern, d) in PATTERNS.items()}
+    return {
+        "frozen": copy.deepcopy(full).requires_grad_(False),
+        "full": full,
+        "LoRA": lora8(copy.deepcopy(full)),
+        **layers,
+    }
 
 
-class Cell(NamedTuple):
-    """One mode, one shape, one number of tokens: what is timed side by side."""
+def layers_table(args: argparse.Namespace, lengths: list[int]) -> str:
+    """One row for each shape, length and pattern; then the worst cell, and GPT-2's block as a whole."""
+    rows = [["d1 x d2, T, pattern", "full", "LoRA r=8", *PATHS, "auto", "auto/best"]]
+    over, block = {}, {}
+    autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
 
-    training: bool
-    d1: int
-    d2: int
-    T: int
+    def call(layer: nn.Module, path: str, x: Tensor) -> None:
+        if path:
+            layer.path = path
+        with autocast:
+            y = layer(x)
+        torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], torch.ones_like(y))
 
-    def size(self) -> int:
-        return self.T * self.d1 * self.d2
+    for (d1, d2), T in itertools.product([*BLOCK, *[(4096, 4096)] * (args.device.type == "cuda")], lengths):
+        layers = bench_layers(d1, d2, args.device, args.dtype)
+        x = torch.randn(T, d2, device=args.device, dtype=args.dtype, requires_grad=True)
+        forms = [(name, path) for name in layers for path in (PATHS if name in PATTERNS else [""])]
+        times = medians({form: functools.partial(call, layers[form[0]], form[1], x) for form in forms}, 1)
+        frozen, full, lora = (times[name, ""] for name in ("frozen", "full", "LoRA"))
+        for name in PATTERNS:
+            with autocast:
+                chosen = svft._cheapest_path(layers[name], x)
+            auto, label = times[name, chosen], f"{d1} x {d2}, {T}, {name}"
+            over[label] = auto / min(times[name, path] for path in PATHS)
+            ratios = [t / frozen for t in (full, lora, *(times[name, path] for path in PATHS))]
+            rows.append([label, *(f"{ratio:.2f}" for ratio in ratios), chosen, f"{over[label]:.2f}"])
+            if (d1, d2) in BLOCK:
+                block.setdefault((T, name), []).append((auto, lora, full))
+    sums = [[sum(times) for times in zip(*cells, strict=True)] for cells in block.values()]
+    lora, full = (statistics.geometric_mean(row[0] / row[column] for row in sums) for column in (1, 2))
+    worst = max(over, key=over.get)
+    return f"""{markdown(rows)}
 
-    def counts(self) -> bool:
-        """Whether the summary of GPT-2's block needs it."""
-        return self.training and (self.d1, self.d2) in BLOCK and self.T in (256, 1024, 4096)
-
-    def multiply_adds(self, path: str) -> int:
-        """Of one call; the sparse step, small against the rest, is left out, as in the notes' table of costs."""
-        training, d1, d2, T = self
-        n, linear = min(d1, d2), (1 + training) * T * d1 * d2
-        both = (1 + training) * n * (d1 + d2) * T  # by V^T, and by U
-        dense = (1 + 2 * training) * T * d1 * d2 + (1 + training) * n * d1 * d2
-        return {"frozen": linear, "dense": dense, "gather": linear + both, "fused": both}[path]
-
-    def choice(self, layers: dict[Form, nn.Module], pattern: str) -> str:
-        """The path that auto takes here."""
-        with torch.set_grad_enabled(self.training):
-            return layers["auto", pattern]._cheapest(self.T, False)
-
-    def over_best(self, layers: dict[Form, nn.Module], times: dict[Form, float], pattern: str) -> float:
-        """Time of auto's path over that of the fastest; NaN where not every path was timed."""
-        every = [times.get((path, pattern), math.nan) for path in PATHS]
-        return times[self.choice(layers, pattern), pattern] / (math.nan if math.isnan(sum(every)) else min(every))
-
-    def calls(self, layers: dict[Form, nn.Module], device: torch.device, whole: bool) -> dict[Form, Callable]:
-        """What is to be timed. Unless whole: the paths that auto does not take with one pattern only."""
-        x, g = torch.randn(self.T, self.d2, device=device), torch.randn(self.T, self.d1, device=device)
-        x.requires_grad_(self.training)
-
-        def wanted(form: str, pattern: str) -> bool:
-            few = not whole and pattern not in ("", "banded 2")
-            if form in ("auto", "full"):
-                return form == "full" and self.training
-            if form in ("PEFT", "authors"):
-                return self.counts() and not few and pattern != "random 16"
-            return not few or form == self.choice(layers, pattern)
-
-        return {key: call_of(layer, x, g) for key, layer in layers.items() if wanted(*key)}
+auto over the fastest path: {over[worst]:.2f} at worst ({worst}).
+GPT-2's block, geometric mean over T and patterns: auto/LoRA {lora:.2f}, auto/full {full:.2f}."""
 
 
-def call_of(layer: nn.Module, x: Tensor, g: Tensor, amp: bool = False) -> Callable[[], Any]:
-    """Forward and backward, to x and to what is trained, given the gradient g of the output; or forward only."""
-    forward = torch.autocast(x.device.type, torch.bfloat16)(layer) if amp else layer
-    if x.requires_grad:
-        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        return lambda: torch.autograd.grad(forward(x), inputs, g)
-    return torch.no_grad()(lambda: forward(x))
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
-    synchronize(device)
+def seconds_of(call: Callable[[], Any], times: int) -> float:
     start = time.perf_counter()
     for _ in range(times):
         call()
-    synchronize(device)
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return (time.perf_counter() - start) / times
 
 
-def medians(
-    calls: dict[Form, Callable[[], Any]], device: torch.device, budget: float, least: int = 3
-) -> dict[Form, float]:
-    """Median seconds of each call over `least` to 25 rounds, as many as the budget in seconds allows.
+def medians(calls: dict[Any, Callable[[], Any]], budget: float) -> dict[Any, float]:
+    """Median seconds of each call over 3 to 25 rounds, as many as the budget in seconds allows.
 
-    Rounds are interleaved (A B C, A B C, ...), so that a machine that slows down slows all alike. Short calls
-    are timed several at once, after a round that does not count.
+    Rounds are interleaved (A B C, A B C, ...), so that a machine that slows down slows all alike. Short calls are
+    timed several at once, after a round that does not count.
     """
-    found = {key: [seconds_of(call, device)] for key, call in calls.items()}
-    if sum(values[0] for values in found.values()) < 1:
-        found = {key: [seconds_of(call, device)] for key, call in calls.items()}
-    times = {key: max(1, min(20, int(1e-3 / found[key][0]))) for key in calls}
-    rounds = int(budget / sum(found[key][0] * times[key] for key in calls))
-    for _ in range(max(least, min(25, rounds)) - 1):
-        for key, call in calls.items():
-            found[key].append(seconds_of(call, device, times[key]))
-    return {key: statistics.median(values) for key, values in found.items()}
-
-
-def bench(args: argparse.Namespace) -> None:
-    """Times every path against a frozen linear, full fine-tuning and LoRA, and prints ratios."""
-    begin, device = time.perf_counter(), pick_device(args.device)
-    found, layers, missed = measure_grid(args, device, begin)
-    for training, mode in ((True, "Training: forward and backward"), (False, "Inference: forward")):
-        if shown := {cell: times for cell, times in found.items() if cell.training == training}:
-            say(f"\n{mode}, over a frozen linear's time\n\n{bench_table(shown, layers)}")
-    if missed:
-        say(f"\nNo time was left for {missed} more of the shapes and lengths; --all measures them.")
-    over_best = [cell.over_best(layers[cell[1:3]], times, name) for cell, times in found.items() for name in PATTERNS]
-    known = [value for value in over_best if value == value]
-    over = f"{max(known):.2f} at worst, {sum(value > 1.1 for value in known)} over 1.10"
-    say(f"\n{BENCH_NOTES}\n\nauto/best, {len(known)} measured: {over}.")
-    say("\nGPT-2 block, training: its four linears' times added up, auto's path for each\n")
-    say(f"{block_table(found, layers)}\n\n{storage_line(layers)}")
-    if not args.quick:
-        say("\nHalf precision, training, banded 16: each form's time over its own in float32\n")
-        say(half_table({shape: layers[shape] for shape in ((768, 768), (3072, 768))}, 1024, device))
-        say(f"\n{svd_line(12 if args.all else 1, device)}")
-    say(f"\n{machine(device)}; {time.perf_counter() - begin:.0f} s")
-
-
-def measure_grid(args: argparse.Namespace, device: torch.device, begin: float) -> tuple[dict, dict, int]:
-    """Cell -> form -> seconds; shape -> form -> layer; and how many cells there was no time for."""
-    everything = args.all or device.type == "cuda"
-    shapes, lengths = (BLOCK, [256]) if args.quick else ([*BLOCK, (2048, 2048)], [64, 256, 1024, 4096, 16384])
-    cells = [Cell(training, *shape, T) for training in (True, False) for shape in shapes for T in lengths]
-    cells = [cell for cell in cells if everything or (cell.T < 16384 and cell.size() <= 4096 * 768 * 3072)]
-    layers = {shape: bench_layers(*shape, device, args.peft) for shape in shapes}
-    found, progress = {}, Progress("bench", len(cells), "cell")
-    for number, cell in enumerate(sorted(cells, key=lambda cell: (not cell.counts(), cell.size())), 1):
-        if time.perf_counter() - begin > 95 and not everything:
+    for _ in range(2):
+        first = {key: seconds_of(call, 1) for key, call in calls.items()}
+        if sum(first.values()) > 1:
             break
-        whole = everything or cell.size() <= 256 * 768 * 2304
-        calls = cell.calls(layers[cell[1:3]], device, whole)
-        found[cell] = medians(calls, device, 0.4 if args.quick else 0.7, 5 if everything else 3)
-        progress(number, lambda rate, cell=cell: f"{cell.d1} x {cell.d2}, {cell.T} tokens")
-    return {cell: found[cell] for cell in cells if cell in found}, layers, len(cells) - len(found)
-
-
-BENCH_NOTES = """\
-auto: the path it takes; its time is that path's. best: the fastest of the three paths. bound: multiply-adds of
-auto's path over the frozen linear's. -: not measured. LoRA r=8 is this file's; authors: the authors' order."""
-
-
-def machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, float32 on {device}"
-
-
-def fixed(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "-"
-
-
-def bench_table(found: dict[Cell, dict[Form, float]], layers: dict) -> str:
-    """One row per cell and pattern."""
-    rows, forms = [], ["full", "LoRA r=8", *PATHS]
-    for cell, measured in found.items():
-        for pattern in PATTERNS:
-            chosen = cell.choice(layers[cell[1:3]], pattern)
-            bound = cell.multiply_adds(chosen) / cell.multiply_adds("frozen")
-            times = {form: seconds for (form, p), seconds in measured.items() if p in ("", pattern)}
-            ratio = {form: times.get(form, math.nan) / times["frozen"] for form in forms}
-            over_best = cell.over_best(layers[cell[1:3]], measured, pattern)
-            marks = [*map(fixed, ratio.values()), chosen, fixed(over_best), fixed(bound / ratio[chosen])]
-            rows.append([f"{cell.d1} x {cell.d2}", pattern, str(cell.T), *marks])
-    return markdown(["d1 x d2", "pattern", "T", *forms, "auto", "auto/best", "bound/auto"], rows)
-
-
-def block_table(found: dict[Cell, dict[Form, float]], layers: dict) -> str:
-    """GPT-2's four linears together, training; the last row is the geometric mean over T and d."""
-    rows = []
-    for T in (256, 1024, 4096):
-        block = [cell for cell in found if cell.counts() and cell.T == T]
-        for name in list(PATTERNS)[:3] if block else []:
-
-            def total(form: str, pattern: str = "", block: list[Cell] = block) -> float:
-                return sum(found[cell].get((form, pattern), math.nan) for cell in block)
-
-            chosen = [cell.choice(layers[cell[1:3]], name) for cell in block]
-            auto = sum(found[cell][path, name] for cell, path in zip(block, chosen, strict=True))
-            least = sum(cell.multiply_adds(path) for cell, path in zip(block, chosen, strict=True))
-            frozen, lora = total("frozen"), total("LoRA r=8")
-            bound = least / sum(cell.multiply_adds("frozen") for cell in block) * frozen / auto
-            others = [auto / lora, auto / total("PEFT"), auto / total("authors", name)]
-            rows.append([str(T), name, auto / frozen, lora / frozen, *others, bound])
-    known = [[value for value in column if value == value] for column in list(zip(*rows, strict=True))[2:]]
-    means = [math.exp(statistics.mean(map(math.log, column))) if column else math.nan for column in known]
-    heads = ["T", "pattern", "auto/frozen", "LoRA/frozen", "auto/LoRA", "auto/PEFT", "auto/authors", "bound/auto"]
-    return markdown(heads, [[*row[:2], *map(fixed, row[2:])] for row in [*rows, ["mean", "geometric", *means]]])
-
-
-def storage_line(layers: dict) -> str:
-    """What the block's layers hold besides m (W0, U, S, V^T, Omega, biases) over what W0 takes."""
-    kept = []
-    for name in PATTERNS:
-        block = [layers[shape]["auto", name] for shape in BLOCK]
-        tensors = [t for layer in block for t in (*layer.parameters(), *layer.buffers()) if t is not layer.m]
-        held, W0 = (sum(t.numel() * t.element_size() for t in ts) for ts in (tensors, [a.weight for a in block]))
-        kept.append(f"{name} {held / W0:.2f} ({held / W0 - 1:.2f})")
-    return f"Its frozen storage over W0's, in brackets without W0: {', '.join(kept)}."
-
-
-def half_table(layers: dict, T: int, device: torch.device) -> str:
-    """bfloat16: a layer of that dtype. autocast: one of layers, float32, under autocast to it."""
-    rows, forms = [], ["frozen", *PATHS, "auto"]
-    for (d1, d2), single in layers.items():
-        half = bench_layers(d1, d2, device, dtype=torch.bfloat16)
-        x, g = torch.randn(T, d2, device=device, requires_grad=True), torch.randn(T, d1, device=device)
-        y = x.detach().bfloat16().requires_grad_()
-        calls: dict[Form, Callable[[], Any]] = {}
-        for form in forms:
-            key = form, "" if form == "frozen" else "banded 16"
-            calls[form, "float32"] = call_of(single[key], x, g)
-            calls[form, "autocast"] = call_of(single[key], x, g.bfloat16(), amp=True)
-            if key in half:
-                calls[form, "bfloat16"] = call_of(half[key], y, g.bfloat16())
-        found = medians(calls, device, 1)
-        for kind in ("bfloat16", "autocast"):
-            ratios = (found.get((form, kind), math.nan) / found[form, "float32"] for form in forms)
-            rows.append([f"{d1} x {d2}", kind, str(T), *map(fixed, ratios)])
-    return markdown(["d1 x d2", "in", "T", *forms], rows)
-
-
-def svd_line(blocks: int, device: torch.device) -> str:
-    """inject against bare torch.linalg.svd in float64, in turn, on random weights of so many GPT-2 blocks."""
-    bare = ours = 0.0
-    for seed in range(blocks):
-        torch.manual_seed(seed)
-        block = nn.Sequential(*(nn.Linear(d2, d1) for d1, d2 in BLOCK)).to(device)
-        weights = [layer.weight.detach() if device.type == "cuda" else layer.weight.detach().cpu() for layer in block]
-        for W in weights:
-            bare += seconds_of(lambda W=W: torch.linalg.svd(W.double(), full_matrices=False), device)
-        ours += seconds_of(lambda block=block: svft.inject(block, ["0", "1", "2", "3"]), device)
-    return f"inject on {4 * blocks} weights of GPT-2's shapes: {ours:.1f} s, {ours / bare:.2f} times bare float64 SVDs"
+    times = {key: max(1, min(20, int(1e-3 / seconds))) for key, seconds in first.items()}
+    rounds = int(budget / sum(first[key] * times[key] for key in calls))
+    found = [{key: seconds_of(calls[key], times[key]) for key in calls} for _ in range(max(3, min(25, rounds)))]
+    return {key: statistics.median(values[key] for values in found) for key in calls}
 
 
 # ---------------------------------------------------------------- the command line
@@ -1287,8 +1141,7 @@ def number(kind: type, least: float) -> Callable[[str], Any]:
     """An argument type: a finite number of this kind, at least least."""
 
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < math.inf:
+        if not least <= (value := kind(text)) < math.inf:
             raise argparse.ArgumentTypeError(f"got {text}, want a finite number of at least {least}")
         return value
 
@@ -1301,69 +1154,72 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def finetune_options(parser: Parser) -> None:
-    parser.add_argument("--pattern", default="banded", choices=["plain", "banded", "random", "top_k"])
-    parser.add_argument(
-        "--d", type=number(int, 0), default=8, help="half-width of the band; others take as many entries (8)"
+def add_options(parser: Parser, command: str) -> None:
+    def add(commands: str, name: str, **options: Any) -> None:
+        if command in commands:
+            parser.add_argument(f"--{name}", **options)
+
+    count, flag, names = number(int, 1), "store_true", lambda s: s if s == "all-linear" else s.split(",")
+    both, every = "finetune compare", "finetune compare bench"
+    add(every, "device", default="auto", help="auto (cuda, mps or cpu), or a name such as cuda:1")
+    add(both, "base", metavar="NAME_OR_FOLDER", help="a causal language model of transformers, as gpt2")
+    add(both, "data", metavar="FILE", help="UTF-8 text to fine-tune on (Python's language reference)")
+    add(both, "targets", type=names, help=f"all-linear, or a list ({','.join(TARGETS)}, if the model has them)")
+    add("finetune", "method", default="svft", choices=["svft", "lora", "full"], help="(svft)")
+    add("finetune", "pattern", choices=["plain", "banded", "random", "top_k"], help="where M is not zero (banded)")
+    add("finetune", "d", type=number(int, 0), help="half-width of the band, or as many entries; or LoRA's r (8)")
+    add("finetune", "lr", type=number(float, 1e-9), help="peak learning rate (by method and size)")
+    add("finetune", "seed", type=number(int, 0), default=0, help="of pre-training, random entries and batches (0)")
+    add("finetune", "save", metavar="FILE.npz", type=Path, help="where to write SVFT's adapter")
+    add("compare", "quick", action=flag, help="7 methods, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
+    add("compare", "seeds", type=count, help="(3)")
+    add("compare", "minutes", type=number(float, 0), default=1e9, help="start no run later; draw what is there")
+    add(
+        "compare", "out", type=Path, default=Path("results"), help="folder for runs and tables, may be shared (results)"
     )
-    parser.add_argument("--steps", type=number(int, 1), default=300, help="of fine-tuning (300)")
-    parser.add_argument("--lr", type=number(float, 1e-9), help="peak learning rate (by the number of entries)")
-    parser.add_argument(
-        "--batch", type=number(int, 1), default=8, help="sequences per step, all processes together (8)"
-    )
-    parser.add_argument("--context", type=number(int, 1), default=128, help="tokens per sequence (128)")
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of pre-training, random entries and batches (0)"
-    )
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on for cuda)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--base", metavar="NAME_OR_FOLDER", help="a causal language model of transformers, as gpt2")
-    parser.add_argument("--targets", type=lambda text: text.split(","), default=TARGETS, help="c_attn,c_proj,c_fc")
-    parser.add_argument("--data", metavar="FILE", help="UTF-8 text to fine-tune on")
-    parser.add_argument("--save", metavar="FILE", type=Path, help="where to write the adapter")
+    add("bench", "quick", action=flag, help="fewer rounds, one length")
+    add("bench", "peft", action=flag, help="time the LoRA of the peft package too")
+    add("bench", "dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
+    add("finetune", "steps", type=count, default=300, help="of training (300)")
+    add("compare", "steps", type=count, help="of training in each run (120)")
+    add("finetune", "batch", type=count, default=8, help="sequences in a step, all processes together (8)")
+    add("finetune", "context", type=count, default=128, help="tokens in a sequence (128)")
+    add("bench", "batch", type=count, help="sequences in a step (8; on the CPU 1)")
+    add("bench", "context", type=count, help="tokens in a sequence (1024; on the CPU 256)")
+    add(every, "amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on for a GPU, with --base)")
+    add("finetune bench", "compile", action=flag, help="torch.compile")
+    add(both, "cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
 
 
-def compare_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer sizes, steps and seeds, one learning rate, no studies"
-    )
-    parser.add_argument("--seeds", type=number(int, 1), help="(3; --quick: 2)")
-    parser.add_argument("--steps", type=number(int, 1), help="of fine-tuning in each run (120; --quick: 100)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, table, plot (results)")
-
-
-def bench_options(parser: Parser) -> None:
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="GPT-2's shapes at one length")
-    extent.add_argument("--all", action="store_true", help="the whole grid on the CPU too, however long it takes")
-    parser.add_argument("--peft", action="store_true", help="time the LoRA of the peft package too")
-
-
-COMMANDS = {"": (finetune, finetune_options), "compare": (compare, compare_options), "bench": (bench, bench_options)}
+COMMANDS = {"finetune": finetune, "compare": compare, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    name = argv.pop(0) if argv and argv[0] in COMMANDS else ""
-    command, options = COMMANDS[name]
-    parser = Parser(f"train_toy.py {name}".strip(), description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="auto", help="auto (cuda, mps or cpu), or a name such as cuda:1")
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
-    options(parser)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else "finetune"
+    parser = Parser(f"train_toy.py {command}", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add_options(parser, command)
     try:
         args = parser.parse_args(argv)
-        if name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if command != "finetune" and WORLD > 1:
             raise UserError("runs in one process: start it with python, not with torchrun")
-        command(args)
+        args.device = pick_device(args.device)
+        if WORLD > 1:  # the others may have to wait for the first one's pre-training
+            gpu = args.device if args.device.type == "cuda" else None
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=2))
+        COMMANDS[command](args)
         return 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{parser.prog}: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"{parser.prog}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    finally:
+        if WORLD > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
