@@ -2700,7 +2700,7 @@ class TestDocuments:
 MUTATIONS = [
     # svft.py has this; change it to this; and this test fails
     # -- the SVD
-    ('    if wide:\n        U, Vh = Vh.T, U.T', '    if wide:\n        U, Vh = Vh.T, U.T.flip(0)', 'factors_are_orthonormal_and_reproduce'),
+    ('    if lying:\n        U, Vh = Vh.T, U.T', '    if lying:\n        U, Vh = Vh.T, U.T.flip(0)', 'factors_are_orthonormal_and_reproduce'),
     ('    U = U * sign\n', '    U = U + 0 * sign\n', 'signs_are_canonical'),
     ('Vh[:n] * sign[:, :n].T', 'Vh[:n] + 0 * sign[:, :n].T', 'factors_are_orthonormal_and_reproduce'),
     ('U.abs().argmax(0', 'U.argmax(0', 'signs_are_canonical'),
@@ -2708,7 +2708,7 @@ MUTATIONS = [
     ('return torch.promote_types(dtype, torch.float32)', 'return torch.float32', 'computed_in_float64'),
     ('    if not full_matrices:\n        r1', '    if True:\n        r1', 'factors_are_orthonormal_and_reproduce'),
     ('(t if t.is_cuda else t.cpu())', '(t)', 'no_path_mixes_devices'),
-    ('    S = S / top\n    W = W / top', '    S = S\n    W = W', 'weights_scale_does_not_matter'),
+    ('    S = S / top\n', '    S = S / top * top\n    top = 1\n', 'weights_scale_does_not_matter'),
     # -- Omega
     ('((i - d <= j) & (j <= i + above))', '((i - d < j) & (j <= i + above))', 'banded_is_its_definition'),
     ('((i - d <= j) & (j <= i + above))', '((i - above <= j) & (j <= i + d))', 'banded_is_its_definition'),
