@@ -15,21 +15,25 @@ Where a case is drawn, the tolerance comes from the dtype's rounding and the siz
 a fixed case in float64 or float32 has a fixed one.
 """
 
+import argparse
 import base64
 import contextlib
 import copy
 import doctest
+import functools
 import inspect
 import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import subprocess
 import sys
 import textwrap
+import time
 import types
 import warnings
 import weakref
@@ -2440,23 +2444,24 @@ OTHERS = {
 others = pytest.mark.parametrize("name", OTHERS)
 
 
-def adapted(name, d1=16, d2=10, seed=0):
-    """W0, and a layer of another method whose trained values are random."""
-    base = plain_layer(d1, d2, seed=seed)
+def adapted(name, d1=16, d2=10, seed=0, kind="linear"):
+    """W0 (d1, d2), the merged weight at the start, and a layer of another method whose trained values are random."""
+    base = plain_layer(d1, d2, kind, seed=seed)
     W0, layer = base.weight.detach().clone(), OTHERS[name][0](base)
     start = layer.merged_weight().detach()
     with torch.no_grad():
         for p in layer.parameters():
             if p.requires_grad:
                 p += 0.3 * torch.randn(p.shape, dtype=p.dtype)
-    return W0, start, layer
+    return W0.T if kind == "conv1d" else W0, start, layer
 
 
 class TestTheOtherMethods:
+    @pytest.mark.parametrize("kind", ["linear", "conv1d"])
     @others
-    def test_they_start_at_W0_and_train_their_own_parameters_alone(self, name):
-        """As many as the formula says; W0 and the bias get no gradient."""
-        W0, start, layer = adapted(name)
+    def test_they_start_at_W0_and_train_their_own_parameters_alone(self, name, kind):
+        """As many as the formula says; W0 and the bias get no gradient. A Conv1D becomes an nn.Linear first."""
+        W0, start, layer = adapted(name, kind=kind)
         near(start, W0, 1e-12)
         trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
         assert sum(p.numel() for p in trained.values()) == OTHERS[name][1](16, 10)
@@ -2487,19 +2492,56 @@ class TestTheOtherMethods:
         assert int((R.abs() > 1e-9).sum(1).min()) == 8  # b 2^(m-1) features mixed
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
 def untrained(monkeypatch, tmp_path):
-    """The script with its pre-training left out: a cache folder with an untrained model in it."""
+    """The script with its pre-training left out, and short evaluations: a cache folder with an untrained model in it."""
+    monkeypatch.setattr(train_toy, "make_task", functools.partial(train_toy.make_task, windows=8))
+    monkeypatch.setattr(train_toy, "BYTES", train_toy.BYTES._replace(sample=20))
     with monkeypatch.context() as patch:
         patch.setattr(train_toy, "train", lambda *a, **k: 0.0)
-        train_toy.pretrained(tmp_path / "cache", torch.device("cpu"))
+        train_toy.pretrained(tmp_path / "cache", CPU)
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def base(hf, tmp_path):
+    """Folders with a tiny GPT-2 (Conv1D layers) and a tiny Llama, each with a tokenizer, and a text: the arguments."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "to": 3, "be": 4, "or": 5, "not": 6}, "<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    for kind in ("gpt2", "llama"):
+        tiny(hf, kind)[0].save_pretrained(tmp_path / kind)
+        hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / kind)
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 400)
+    common = ["--data", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache")]
+    return {kind: ["--base", str(tmp_path / kind), *common] for kind in ("gpt2", "llama")}
+
+
 class TestTheTrainingScript:
+    def test_the_small_model_is_gpt2s_architecture_at_any_size(self, hf):
+        """With transformers' weights it computes transformers' logits; the default one has 842,496 parameters."""
+        theirs = tiny(hf, "gpt2")[0]
+        ours = train_toy.GPT2(train_toy.Config(50, 32, 2, 2, 16))
+        state = {
+            name.removeprefix("transformer."): t for name, t in theirs.state_dict().items() if "lm_head" not in name
+        }
+        ours.load_state_dict(
+            {
+                name: t.T if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else t
+                for name, t in state.items()
+            }
+        )
+        tokens = torch.randint(50, (2, 7))
+        near(ours(tokens), theirs(tokens).logits, 1e-5)
+        assert sum(p.numel() for p in train_toy.GPT2(train_toy.Config()).parameters()) == 842_496
+
     def test_it_fine_tunes_and_says_what_it_did(self, untrained, tmp_path, capsys):
-        """The default command, a few steps of it, or one: the loss falls, merged equals adapted, the adapter loads."""
-        assert train_toy.main(["--steps", "1", "--cache", str(untrained)]) == 0 and capsys.readouterr().out
+        """The default command, a few steps of it: the loss falls, merged equals adapted, the adapter loads."""
         assert train_toy.main(["--steps", "12", "--cache", str(untrained), "--save", str(tmp_path / "a.npz")]) == 0
         said = capsys.readouterr().out
         before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+) nats per byte", said).groups())
@@ -2509,130 +2551,197 @@ class TestTheTrainingScript:
             float, re.search(r"merged - adapted +at most (\S+), of logits up to (\S+)", said).groups()
         )
         assert difference < 1e-4 * largest
-        model = svft.load_adapter(train_toy.pretrained(untrained, torch.device("cpu")), tmp_path / "a.npz")
+        model = svft.load_adapter(train_toy.pretrained(untrained, CPU), tmp_path / "a.npz")
         assert sum(m.m.count_nonzero() > 0 for m in model.modules() if isinstance(m, SVFTLinear)) == 16
 
+    @pytest.mark.parametrize("method, trained", [("lora", "65,536"), ("full", "842,496")], ids=["lora", "full"])
+    def test_another_method_trains_by_the_same_recipe(self, untrained, method, trained, capsys):
+        """--method: LoRA with r = 8, or all parameters; the loss falls."""
+        assert train_toy.main(["--method", method, "--steps", "12", "--context", "32", "--cache", str(untrained)]) == 0
+        said = capsys.readouterr().out
+        before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+)", said).groups())
+        assert after < before - 0.05 and re.search(rf"trained +{trained} parameters", said), said
+
     def test_under_torchrun_two_processes_train_and_one_prints(self, untrained):
-        """Data-parallel, from the command line."""
+        """Data-parallel, from the command line, one step of it."""
         if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
             pytest.skip("this torch has no gloo")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=29571",
-            "train_toy.py",
-        ]
-        done = subprocess.run(
-            [*command, "--steps", "4", "--cache", str(untrained)], cwd=HERE, capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571"]
+        command += ["train_toy.py", "--steps", "1", "--context", "8", "--device", "cpu", "--cache", str(untrained)]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("validation loss") == 1
-
-    @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-500], lambda b: b[:20000] + b"x" * 99 + b[20099:]])
-    def test_a_damaged_cache_is_made_again(self, untrained, damage, monkeypatch):
-        """Short, empty or altered: noticed, and the model is trained anew."""
-        (file,) = untrained.glob("gpt2-*.pt")
-        file.write_bytes(damage(file.read_bytes()))
-        calls = []
-        monkeypatch.setattr(train_toy, "train", lambda *a, **k: calls.append(1))
-        train_toy.pretrained(untrained, torch.device("cpu"))
-        train_toy.pretrained(untrained, torch.device("cpu"))
-        assert len(calls) == 1
 
     @pytest.mark.parametrize(
         "arguments, text",
         [
-            (["--data", "absent.txt"], "--data: cannot read 'absent.txt'"),
-            (["--data", "short.txt"], "too little text"),
-            (["--steps", "0"], "--steps: got 0"),
-            (["--lr", "nan"], "--lr: got nan"),
-            (["--pattern", "diagonal"], "invalid choice: 'diagonal'"),
-            (["--pattern", "top_k"], "top_k: got a"),
-            (["--targets", "c_attn,absent"], "'absent', which matches nothing"),
-            (["--device", "tpu"], "--device: got 'tpu'"),
-            (["--save", "no/such/folder/a.pt"], "--save: got"),
-            (["--context", "4096"], "--context: got 4096"),
-            (["--unknown"], "--unknown"),
-            (["bench", "--device", "nope"], "--device: got 'nope'"),
+            (["--device", "mps"], "--device: got mps for 2 processes"),
+            (["--device", "cuda"], "--device: got cuda for 2 processes and 1 GPUs, want cpu, or a GPU for each"),
+            (["compare"], "runs in one process: start it with python"),
         ],
+        ids=["mps", "cuda", "compare"],
     )
-    def test_a_mistake_gets_one_line(self, untrained, arguments, text, tmp_path, monkeypatch, capsys):
+    def test_torchrun_refuses_what_cannot_work(self, arguments, text, monkeypatch, capsys):
+        """More processes than GPUs, a device that is not shared so, a command that has no use for it: one line."""
+        monkeypatch.setattr(train_toy, "WORLD", 2)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert train_toy.main(arguments) == 2 and text in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "damage",
+        [lambda b: b"", lambda b: b[:-500], lambda b: b[:20000] + b"x" * 99 + b[20099:]],
+        ids=["empty", "short", "altered"],
+    )
+    def test_a_damaged_cache_is_made_again(self, untrained, damage, monkeypatch):
+        """Short, empty or altered: noticed, and the model is trained anew."""
+        (file,) = untrained.glob("gpt2-*.npz")
+        file.write_bytes(damage(file.read_bytes()))
+        calls = []
+        monkeypatch.setattr(train_toy, "train", lambda *a, **k: calls.append(1))
+        train_toy.pretrained(untrained, CPU)
+        train_toy.pretrained(untrained, CPU)
+        assert len(calls) == 1 and list(untrained.iterdir()) == [file]
+
+    MISTAKES = [
+        (["--data", "absent.txt"], "--data: cannot read 'absent.txt'"),
+        (["--data", "short.txt"], "too little text"),
+        (["--steps", "0"], "--steps: got 0"),
+        (["--lr", "nan"], "--lr: got nan"),
+        (["--pattern", "diagonal"], "invalid choice: 'diagonal'"),
+        (["--pattern", "top_k"], "top_k: got a"),
+        (["--targets", "c_attn,absent"], "'absent'], which matches nothing"),
+        (["--device", "tpu"], "--device: got 'tpu'"),
+        (["--save", "no/such/folder/a.npz"], "--save: got"),
+        (["--method", "lora", "--save", "a.npz"], "--save: got it with --method lora"),
+        (["--method", "full", "--d", "2"], "--d: got it with --method full"),
+        (["--method", "lora", "--d", "0"], "--d: got 0"),
+        (["--context", "4096"], "--context: got 4096"),
+        (["--base", "no/such/folder"], "--base: got 'no/such/folder', want a model with its tokenizer"),
+        (["--unknown"], "--unknown"),
+        (["compare", "--out", "short.txt"], "--out: cannot write"),
+        (["compare", "--targets", "absent"], "'absent'], which matches nothing"),
+        (["bench", "--device", "nope"], "--device: got 'nope'"),
+    ]
+
+    @pytest.mark.parametrize("arguments, text", MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+    def test_a_mistake_gets_one_line(self, hf, untrained, arguments, text, tmp_path, monkeypatch, capsys):
         """Exit code 2 and one line that names the option; no traceback, nothing trained."""
         monkeypatch.chdir(tmp_path)
         Path("short.txt").write_text("a short text")
         monkeypatch.setattr(train_toy, "train", None)
-        assert train_toy.main([*arguments, "--cache", str(untrained)]) == 2
+        cache = [] if arguments[0] == "bench" else ["--cache", str(untrained)]
+        assert train_toy.main([*arguments, *cache]) == 2
         error = capsys.readouterr().err
         assert text in error and len(error.strip().splitlines()) == 1
 
-    def test_a_saved_gpt2_with_its_tokenizer_is_fine_tuned(self, hf, tmp_path, capsys):
-        """--base FOLDER: a transformers model (Conv1D layers); without its tokenizer, one clear line."""
-        tokenizers = pytest.importorskip("tokenizers")
-        tiny(hf, "gpt2")[0].save_pretrained(tmp_path / "base")
-        Path(tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 400)
-        arguments = [
-            "--base",
-            str(tmp_path / "base"),
-            "--data",
-            str(tmp_path / "text.txt"),
-            "--context",
-            "16",
-            "--steps",
-            "3",
-        ]
-        arguments += ["--cache", str(tmp_path / "cache"), "--lr", "0.01"]
-        assert train_toy.main(arguments) == 2 and "want a model with its tokenizer" in capsys.readouterr().err
-        words = tokenizers.Tokenizer(
-            tokenizers.models.WordLevel({"<unk>": 0, "to": 3, "be": 4, "or": 5, "not": 6}, "<unk>")
+    def test_ctrl_c_is_one_line_and_130(self, monkeypatch, capsys):
+        """The shell's own code for it."""
+
+        def interrupted(args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setitem(train_toy.COMMANDS, "finetune", interrupted)
+        assert train_toy.main([]) == 130 and "what was finished is kept" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("kind, layers", [("gpt2", 8), ("llama", 14)])
+    def test_a_saved_model_with_its_tokenizer_is_fine_tuned(self, base, kind, layers, tmp_path, capsys):
+        """--base FOLDER: GPT-2's own targets, or all linear layers; its adapter loads into the model."""
+        file = tmp_path / "a.npz"
+        assert (
+            train_toy.main([*base[kind], "--context", "16", "--steps", "3", "--lr", "0.01", "--save", str(file)]) == 0
         )
-        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "base")
-        assert train_toy.main(arguments) == 0
         assert "nats per token" in capsys.readouterr().out
+        model, _ = train_toy.from_transformers(str(tmp_path / kind), CPU)
+        assert svft.summary(svft.load_adapter(model, file)).count("custom") == layers
+        (tmp_path / kind / "tokenizer.json").unlink()
+        assert train_toy.main(base[kind]) == 2 and "want a model with its tokenizer" in capsys.readouterr().err
+
+    COMPARE = ["compare", "--quick", "--steps", "2", "--seeds", "2"]
 
     def test_compare_goes_on_where_it_stopped(self, untrained, tmp_path, monkeypatch, capsys):
-        """Every finished run is in the file; a line that was cut short is ignored; the table and the bar are printed."""
-        entries = [
-            train_toy.Entry("full"),
-            train_toy.Entry("LoRA", (1,)),
-            train_toy.Entry("banded", train_toy.BANDS[0]),
-        ]
-        monkeypatch.setattr(train_toy, "QUICK", entries)
-        arguments = [
-            "compare",
-            "--quick",
-            "--steps",
-            "2",
-            "--seeds",
-            "2",
-            "--out",
-            str(tmp_path / "out"),
-            "--cache",
-            str(untrained),
-        ]
+        """Every finished run is in the file, also one of another machine; a line that was cut short is ignored."""
+        monkeypatch.setattr(train_toy, "SMALL", train_toy.entries("base; full; LoRA 1; banded 1,2"))
+        arguments = [*self.COMPARE, "--out", str(tmp_path / "out"), "--cache", str(untrained)]
         assert train_toy.main(arguments) == 0
-        first = capsys.readouterr().out
-        assert first.count("validation loss") == 6 and "recovered, %" in first and "The bar as a whole" in first
-        run = json.loads((tmp_path / "out" / "runs.jsonl").read_text().splitlines()[1])
-        with open(tmp_path / "out" / "runs.jsonl", "a") as file:
-            file.write(json.dumps({**run, "result": {}}) + '\nrubbish\n{"config": {"meth')
+        first, runs = capsys.readouterr().out, tmp_path / "out" / "runs.jsonl"
+        assert first.count("validation loss") == 7 and "recovered, %" in first and "\nSVFT banded 1,2 " in first
+        with open(runs, "a") as file:
+            file.write(json.dumps([["full", [], 0.1, 0], {}, {}]) + '\nrubbish\n[["full", ')
         assert train_toy.main(arguments) == 0
         second = capsys.readouterr().out
         assert "validation loss" not in second and second.strip() in first
+        assert (tmp_path / "out" / "compare-quick.md").read_text().strip() in second
 
-    def test_bench_prints_ratios(self, monkeypatch, capsys):
-        """On small shapes: every path against the frozen linear, what auto took, and the block's summary."""
-        monkeypatch.setattr(train_toy, "BLOCK", [(96, 32), (32, 32), (128, 32), (32, 128)])
-        assert train_toy.main(["bench", "--quick"]) == 0
+    def test_compare_draws_every_method_on_a_pretrained_model(self, base, tmp_path, monkeypatch, capsys):
+        """--base: Conv1D layers too, or --targets of a Llama; the figure is drawn of what --minutes allowed."""
+        rows = "base; full; LoRA 1; DoRA 1; VeRA 4; BOFT 4,2; plain; random 1,1; top-k 1,1"
+        monkeypatch.setattr(train_toy, "LARGE", train_toy.entries(rows))
+        arguments = ["compare", "--context", "16", "--steps", "2", "--seeds", "1", "--out", str(tmp_path / "out")]
+        assert train_toy.main([*arguments, *base["gpt2"]]) == 0
         said = capsys.readouterr().out
-        words = ("dense", "gather", "fused", "LoRA", "auto/best", "GPT-2 block", torch.__version__)
+        for row in ("full fine-tuning", "DoRA 1", "VeRA 4", "BOFT 4,2", "SVFT plain", "SVFT top-k 1,1"):
+            assert f"| {row} " in said
+        assert train_toy.main([*arguments, *base["gpt2"], "--minutes", "0"]) == 0  # all is there already
+        assert train_toy.main([*arguments, *base["llama"], "--targets", "q_proj", "--minutes", "0"]) == 2
+        assert "--minutes: got too few" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("steps", [-2, 0, 1, 4, 9], ids="{:+d} steps of two".format)
+    def test_the_grid_of_learning_rates_goes_on_to_a_best_one_inside(self, steps):
+        """Three rates, and one more as long as the best is at an edge, up to six; then the other seeds at the best."""
+        study, entry = object.__new__(train_toy.Study), train_toy.Entry("LoRA", (4,))
+        study.args = argparse.Namespace(quick=False, base=None, seeds=3)
+        study.rows, study.results = [entry], {}
+        middle = study.middle(entry)
+        while todo := study.pending()[0]:
+            loss = abs(np.log2(todo[0].lr / middle) - steps)
+            study.results[todo[0]] = {"val": math.nan if todo[0].lr > 20 * middle else loss}
+        seeds = {run.lr for run in study.results if run.seed == 1}
+        want = middle * 2.0 ** min(steps, 4)
+        assert seeds == {want} and len(study.results) == 2 + {-2: 5, 0: 3, 1: 4, 4: 6, 9: 6}[steps]
+
+    def test_a_run_belongs_to_one_process_until_that_ends(self, tmp_path):
+        """Of several processes with one --out; when one is killed, its run is free again."""
+        pytest.importorskip("fcntl")
+        run, ready = train_toy.Run(train_toy.Entry("plain"), 0.1, 0), multiprocessing.Event()
+
+        def hold():
+            with open(tmp_path / "runs.lock", "ab") as lock:
+                train_toy.claim(lock, run) and ready.set()
+                time.sleep(60)
+
+        other = multiprocessing.get_context("fork").Process(target=hold)
+        other.start()
+        assert ready.wait(20)
+        with open(tmp_path / "runs.lock", "ab") as lock:
+            assert not train_toy.claim(lock, run) and train_toy.claim(lock, run._replace(seed=1))
+            other.kill()
+            other.join()
+            assert train_toy.claim(lock, run)
+
+    def test_the_figure_is_text_and_a_picture(self, tmp_path):
+        """A bar for each point, by its number of parameters, # for SVFT; PNG and SVG where matplotlib is installed."""
+        rows = [("LoRA", (1,), 800, 60.0), ("plain", (), 90, 40.0), ("BOFT", (2, 2), 400, 101.0)]
+        points = [train_toy.Point(train_toy.Entry(m, size), n, "1", [1.0], [share]) for m, size, n, share in rows]
+        lines = train_toy.text_plot(points).splitlines()[1:4]
+        assert [line.split(" |")[0].split()[-1] for line in lines] == ["90", "400", "800"]
+        assert lines[0].count("#") == 0 and lines[2].count("-") == 20  # from 40 to 100 in 60 characters
+        pytest.importorskip("matplotlib")
+        train_toy.plot(points, str(tmp_path / "figure"))
+        assert (tmp_path / "figure.png").stat().st_size > 10_000 and (tmp_path / "figure.svg").exists()
+
+    @pytest.mark.parametrize("options", [[], ["--amp"]], ids=["float32", "amp"])
+    def test_bench_prints_steps_and_ratios(self, options, monkeypatch, capsys):
+        """On small shapes: each method's step; every path over the frozen linear, what auto took, the block's mean."""
+        monkeypatch.setattr(train_toy, "BLOCK", [(96, 32), (32, 32)])
+        medians = train_toy.medians
+        monkeypatch.setattr(train_toy, "medians", lambda calls, budget: medians(calls, 0))
+        monkeypatch.setattr(train_toy, "WHOLE", train_toy.Config(64, 32, 1, 2, 32))
+        assert train_toy.main(["bench", "--quick", "--context", "32", *options]) == 0
+        said = capsys.readouterr().out
+        words = ("tokens/s", "| SVFT banded 16 ", "dense", "auto/best", "at worst", "auto/LoRA", torch.__version__)
         assert all(word in said for word in words)
-        cpu = torch.device("cpu")
-        rows = train_toy.half_table({(32, 16): train_toy.bench_layers(32, 16, cpu)}, 8, cpu).splitlines()
-        assert rows[2].count("-") == 1 and rows[3].count("-") == 0  # fused is for float32 factors alone
-        assert "inject on 4 weights" in train_toy.svd_line(1, cpu)
+        assert said.count("| full fine-tuning |") == 1 and said.count("| 96 x 32, 256, ") == 3
 
 
 # ---------------------------------------------------------------- the documents
@@ -2797,7 +2906,23 @@ MUTATIONS = [
 # fmt: on
 
 
+def run_in(folder, test):
+    """Run one law of the copy in folder, in this process, which a fork has made; returns pytest's exit code."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    for name in ("svft", "train_toy", "test_svft"):
+        del sys.modules[name]
+    os.environ["SVFT_PROFILE"] = "thorough"  # derandomised: the same verdict each time
+    torch.set_num_threads(1)
+    return int(
+        pytest.main(
+            ["-qx", "--assert=plain", "-p", "no:cacheprovider", "-m", "not mutation", "-k", test, "test_svft.py"]
+        )
+    )
+
+
 @pytest.mark.mutation
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 class TestMutationProof:
     @pytest.mark.parametrize("old, new, test", MUTATIONS, ids=[f"{i + 1}-{m[2]}" for i, m in enumerate(MUTATIONS)])
     def test_a_one_line_breakage_is_caught(self, tmp_path, old, new, test):
@@ -2807,10 +2932,14 @@ class TestMutationProof:
         (tmp_path / "svft.py").write_text(source.replace(old, new), encoding="utf-8")
         for name in ("test_svft.py", "train_toy.py"):
             (tmp_path / name).write_bytes((HERE / name).read_bytes())
-        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not mutation", "-k", test]
-        env = {**os.environ, "PYTHONPATH": "", "SVFT_PROFILE": "thorough"}  # derandomised: the same verdict each time
-        done = subprocess.run([*command, "test_svft.py"], cwd=tmp_path, capture_output=True, text=True, env=env)
-        assert done.returncode == 1 and "failed" in done.stdout, f"survived:\n{old}\n->\n{new}\n{done.stdout[-1500:]}"
+        child = os.fork()  # torch need not be imported again
+        if child == 0:
+            try:
+                code = run_in(tmp_path, test)
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == pytest.ExitCode.TESTS_FAILED, f"survived, pytest returned {code}:\n{old}\n->\n{new}"
 
 
 def print_the_spec():

@@ -114,8 +114,8 @@ def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label:
     )
     generator = torch.Generator().manual_seed(seed)  # of the batches
     torch.manual_seed(seed + RANK)  # of dropout, where the model has it
-    progress = Progress(label, steps, task.batch * task.context)
     model.train()
+    start = last = time.perf_counter()
     for step in range(1, steps + 1):
         loss = loss_of(model, task.draw(generator), task)
         loss.backward()
@@ -123,10 +123,12 @@ def train(model: nn.Module, task: Task, steps: int, lr: float, seed: int, label:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        progress(step, loss)
+        if label and RANK == 0 and (now := time.perf_counter()) - last > 10:
+            last, left = now, timedelta(seconds=int((now - start) / step * (steps - step)))
+            print(f"{label}: step {step}/{steps}, loss {loss.item():.3f}, {left} left", file=sys.stderr, flush=True)
     model.eval()
     loss.item()  # waits for the device
-    return time.perf_counter() - progress.start
+    return time.perf_counter() - start
 
 
 def loss_of(model: nn.Module, window: Tensor, task: Task) -> Tensor:
@@ -263,7 +265,12 @@ class Codec(NamedTuple):
     sample: int = 40  # tokens to draw for a sample
 
 
-BYTES = Codec(lambda s: torch.tensor(list(s.encode())), lambda n: bytes(n).decode(errors="replace"), "byte", 150)
+BYTES = Codec(
+    encode=lambda text: torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8).long(),
+    decode=lambda tokens: bytes(tokens).decode(errors="replace"),
+    unit="byte",
+    sample=150,
+)
 
 
 def read_topics() -> str:
@@ -338,6 +345,8 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Codec, Task]:
         text = Path(args.data).read_text(encoding="utf-8") if args.data else read_topics()
     except (OSError, UnicodeError) as error:
         raise UserError(f"--data: cannot read {args.data!r} as UTF-8 text: {error}") from None
+    if args.cache.is_file():
+        raise UserError(f"--cache: got {str(args.cache)!r}, want a folder")
     model, codec = from_transformers(args.base, args.device) if args.base else (GPT2(Config()), BYTES)
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     args.targets = args.targets or (TARGETS if leaves.issuperset(TARGETS) else "all-linear")
@@ -379,6 +388,8 @@ def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 12
         os.replace(temporary, file)
     except OSError as error:
         say(f"going on without a cache: cannot write {file} ({error})")
+    finally:
+        temporary.unlink(missing_ok=True)
     return model
 
 
@@ -411,7 +422,7 @@ def digest(*parts: Any) -> str:
 
 # ---------------------------------------------------------------- devices, processes, messages
 
-RANK, WORLD = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))  # set by torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 class UserError(Exception):
@@ -438,21 +449,21 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if WORLD > 1 and name != "cpu" and (name != "cuda" or gpus < here):
-        raise UserError(f"--device: got {name} for {here} processes and {gpus} GPUs, want cpu, or one GPU per process")
+    if WORLD > 1 and name != "cpu":
+        if name != "cuda" or gpus < here:
+            raise UserError(f"--device: got {name} for {here} processes and {gpus} GPUs, want cpu, or a GPU for each")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        elif device.type not in ("mps", "cpu"):
-            raise ValueError("another kind")
+        torch.zeros(1, device=name).item()
     except Exception:  # torch raises many kinds
         raise UserError(f"--device: got {name!r}, want cpu, or a cuda or mps device that is there") from None
-    return device
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def machine(device: torch.device, amp: bool, dtype: str = "float32") -> str:
+    """Where, and in which precision."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     where = f"{device} ({name}), {torch.get_num_threads()} threads, torch {torch.__version__}"
     return f"{where}, {dtype}{', autocast to bfloat16' if amp else ''}"
@@ -492,28 +503,11 @@ def parallel(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     return nn.parallel.DistributedDataParallel(runner, own) if WORLD > 1 else runner
 
 
-class Progress:
-    """A line on stderr: on a terminal twice a second, over the one before; elsewhere a new one every 15 seconds."""
-
-    def __init__(self, label: str, steps: int, tokens: int) -> None:
-        self.label, self.steps, self.tokens, self.terminal = label, steps, tokens, sys.stderr.isatty()
-        self.start = self.last = time.perf_counter()
-
-    def __call__(self, done: int, loss: Tensor) -> None:
-        now = time.perf_counter()
-        if RANK or not self.label or now - self.last < (0.5 if self.terminal else 15):
-            return
-        self.last, rate = now, done / (now - self.start)
-        left = timedelta(seconds=int((self.steps - done) / rate))
-        line = f"{self.label}: step {done}/{self.steps}, loss {loss.item():.3f}, {rate * self.tokens:,.0f} tokens/s"
-        print(f"{line}, {left} left", end="\x1b[K\r" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------- the other methods, each from its formula
 
 
 class Adapter(nn.Module):
-    """A frozen linear layer W0 x + b, W0 (d1, d2), with something trained beside it."""
+    """A frozen linear layer W0 x + b, W0 (d1, d2), whose weight a method turns into merged_weight() (d1, d2)."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -525,6 +519,9 @@ class Adapter(nn.Module):
         W0 = self.base.weight
         return nn.Parameter(torch.empty(shape, dtype=W0.dtype, device=W0.device).uniform_(-scale, scale))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.merged_weight(), self.base.bias)
+
 
 class LoRA(Adapter):
     """h = W0 x + (alpha / r) B A x + b; B = 0 at the start, alpha = 2 r."""
@@ -535,13 +532,10 @@ class LoRA(Adapter):
         self.B = self.values(self.d1, r)  # (d1, r)
         self.scale = 2.0  # alpha / r
 
-    def update(self, x: Tensor) -> Tensor:  # (..., d2) -> (..., d1)
-        return F.linear(F.linear(x, self.A) * self.scale, self.B)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.update(x)
+        return self.base(x) + F.linear(F.linear(x, self.A) * self.scale, self.B)
 
-    def merged_weight(self) -> Tensor:  # (d1, d2)
+    def merged_weight(self) -> Tensor:
         return self.base.weight + self.scale * self.B @ self.A
 
 
@@ -556,19 +550,15 @@ class DoRA(LoRA):
         super().__init__(base, r)
         self.m = nn.Parameter(self.base.weight.detach().norm(dim=1))  # (d1,)
 
-    def gain(self) -> Tensor:  # (d1,)
-        return self.m / super().merged_weight().detach().norm(dim=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.gain() * (F.linear(x, self.base.weight) + self.update(x))
-        return h if self.base.bias is None else h + self.base.bias
+    forward = Adapter.forward
 
     def merged_weight(self) -> Tensor:
-        return self.gain()[:, None] * super().merged_weight()
+        V = super().merged_weight()
+        return (self.m / V.detach().norm(dim=1))[:, None] * V
 
 
 class VeRA(Adapter):
-    """h = W0 x + L_b B L_d A x + b; L_b = 0 and L_d = 0.1 at the start, both diagonal and all that is trained.
+    """W = W0 + L_b B L_d A; L_b = 0 and L_d = 0.1 at the start, both diagonal and all that is trained.
 
     shared: (d1, d2) -> the random, frozen A (r, d2) and B (d1, r), the same for all layers of one shape.
     """
@@ -583,9 +573,6 @@ class VeRA(Adapter):
         self.register_buffer("B", B)
         self.L_d = nn.Parameter(self.values(r).data + 0.1)  # (r,)
         self.L_b = self.values(self.d1)  # (d1,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.L_b * F.linear(self.L_d * F.linear(x, self.A), self.B)
 
     def merged_weight(self) -> Tensor:
         return self.base.weight + (self.L_b[:, None] * self.B) @ (self.L_d[:, None] * self.A)
@@ -613,7 +600,7 @@ class BOFT(Adapter):
         skew, eye = upper - upper.mT, torch.eye(self.b, device=self.K.device, dtype=self.K.dtype)
         return torch.linalg.solve(eye + skew, eye - skew)
 
-    def merged_weight(self) -> Tensor:  # (d1, d2)
+    def merged_weight(self) -> Tensor:
         y = self.base.weight.T  # (d2, d1): R acts on its rows
         for i, Q in enumerate(self.blocks()):
             chunks = y.unflatten(-1, (-1, 2, 2**i, self.b // 2))  # (d2, g, 2, 2^i, b / 2)
@@ -621,9 +608,6 @@ class BOFT(Adapter):
             mixed = torch.einsum("xgsj,gsij->xgsi", parts, Q.unflatten(0, parts.shape[1:3]))
             y = mixed.unflatten(-1, (2, -1)).transpose(-3, -2).flatten(1)  # (d2, d1)
         return y.T
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.merged_weight(), self.base.bias)
 
 
 def as_linear(layer: nn.Module) -> nn.Linear:
@@ -672,6 +656,10 @@ class Entry(NamedTuple):
     def label(self) -> str:
         return f"{METHODS[self.method]} {','.join(map(str, self.size))}".strip()
 
+    def fits(self, d1: list[int]) -> bool:
+        """Whether the method can adapt layers of so many outputs: BOFT's blocks must divide them."""
+        return self.method != "BOFT" or not any(d % (self.size[0] * 2 ** (self.size[1] - 1)) for d in d1)
+
 
 def entries(text: str) -> list[Entry]:
     """ "plain; LoRA 1 4" -> three entries."""
@@ -719,17 +707,6 @@ def omega_of(entry: Entry, seeds: Iterator[int], gradients: Iterator[Tensor], sv
     return svft.omega_random(r1, r2, k, seed=seed)
 
 
-def gradients(model: nn.Module, task: Task, targets: Targets, batches: int = 16) -> list[Tensor]:
-    """G (d1, d2) of each target: the loss's gradient with respect to its weight, summed over training batches."""
-    generator = torch.Generator().manual_seed(0)
-    model.requires_grad_(True)
-    for _ in range(batches):
-        loss_of(model, task.draw(generator), task).backward()
-    found = [layer.weight.grad for layer in svft._find_targets(model, targets).values()]
-    model.zero_grad()
-    return found
-
-
 def build(model: nn.Module, entry: Entry, seed: int, task: Task, args: argparse.Namespace) -> None:
     """Freeze model but for what the method trains, which starts at W0 ("cut": at the best rank-r part of it)."""
     torch.manual_seed(seed)
@@ -739,8 +716,13 @@ def build(model: nn.Module, entry: Entry, seed: int, task: Task, args: argparse.
     if method in others:
         replace(model, args.targets, lambda layer: others[method](layer, *size))
     elif method not in ("base", "full"):
-        G = iter(gradients(model, task, args.targets) if method == "gradient" else [])
-        seeds = itertools.count(1000 * seed)  # inject takes the layers in the model's order
+        seeds, G = itertools.count(1000 * seed), iter([])  # inject takes the layers in the model's order
+        if method == "gradient":  # of the loss at the start, summed over 16 batches
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(16):
+                loss_of(model.requires_grad_(True), task.draw(generator), task).backward()
+            G = iter([layer.weight.grad for layer in svft._find_targets(model, args.targets).values()])
+            model.zero_grad()
         rank = size[0] if method in ("kept", "cut") else None
         pattern = functools.partial(omega_of, entry, seeds, G)
         svft.inject(model, args.targets, pattern, rank=rank, cache_dir=args.cache)
@@ -911,12 +893,12 @@ def markdown(rows: list[list[str]]) -> str:
 
 def text_plot(points: list[Point]) -> str:
     """The figure as text, which every page shows: a bar for each point, the one with the fewest parameters first."""
-    low = 10 * math.floor(max(0, min(statistics.mean(point.recovered) for point in points)) / 10)
-    lines = [f"{'':<22}{'trained':>12}  {low:<3}{'recovered, %':^54}100"]
-    for entry, trained, *_, recovered in sorted(points, key=lambda point: point.trained):
-        share = statistics.mean(recovered)
-        bar = ("#" if "SVFT" in METHODS[entry.method] else "-") * round(60 * (share - low) / (100 - low))
-        lines.append(f"{entry.label():<22}{trained:>12,} |{bar} {share:.1f}")
+    shares = [statistics.mean(point.recovered) for point in points]
+    low, top = 10 * math.floor(max(0, min(shares)) / 10), max(100, *shares)
+    lines = [f"{'':<22}{'trained':>12}  recovered, %, from {low} on"]
+    for point, share in sorted(zip(points, shares, strict=True), key=lambda pair: pair[0].trained):
+        bar = ("#" if "SVFT" in METHODS[point.entry.method] else "-") * round(60 * (share - low) / (top - low))
+        lines.append(f"{point.entry.label():<22}{point.trained:>12,} |{bar} {share:.1f}")
     return "\n".join([*lines, "# SVFT, - another method"])
 
 
@@ -924,14 +906,10 @@ def plot(points: list[Point], stem: str) -> str:
     """The figure as PNG and SVG, where matplotlib is installed: SVFT in black, the others in colour."""
     if not importlib.util.find_spec("matplotlib"):
         return "no picture: it needs the matplotlib package (pip install matplotlib)"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(
-        xscale="log", xlabel="trained parameters", ylabel="recovered, % of full fine-tuning's gain"
-    )
+    axes = figure.add_subplot(xscale="log", xlabel="trained parameters", ylabel="recovered, %")
     axes.axhline(100, color="black", linewidth=0.8, label="full fine-tuning")
     for method, style in STYLES.items():
         if mine := [point for point in points if point.entry.method == method]:
@@ -952,26 +930,26 @@ def compare(args: argparse.Namespace) -> None:
         open(args.out / "runs.jsonl", "a").close()
     except OSError as error:
         raise UserError(f"--out: cannot write in the folder {args.out}: {error}") from None
-    large, few = bool(args.base), args.quick and bool(args.base)
-    args.context, args.batch, args.seed = 256 if large else Config.context, 4 if few else 8, 0
+    large, few, args.seed = bool(args.base), args.quick and bool(args.base), 0
+    args.context, args.batch = args.context or (256 if large else Config.context), args.batch or (4 if few else 8)
     args.steps, args.seeds = args.steps or (20 if few else 120), args.seeds or (1 if args.quick else 3)
     with refusals():
         base, codec, task = load(args)
         replace(base, args.targets, as_linear)
     task.windows = 16 if few else task.windows
-    figure = (LARGE if large else SMALL)[: 8 if args.quick else None]
+    d1 = [layer.weight.shape[0] for layer in svft._find_targets(base, args.targets).values()]
+    figure = [entry for entry in (LARGE if large else SMALL) if entry.fits(d1)][: 8 if args.quick else None]
     studies = {"": figure} | ({} if large or args.quick else STUDIES)
     study = Study(base, task, args, list(dict.fromkeys(itertools.chain(*studies.values()))))
     study.work()
     points, total = points_of(study), sum(p.numel() for p in base.parameters())
-    tables = {
-        title: table([point for point in points.values() if point.entry in rows], total, codec.unit)
-        for title, rows in studies.items()
-    }
+    tables = {}
+    for title, rows in studies.items():
+        tables[title] = table([point for point in points.values() if point.entry in rows], total, codec.unit)
     drawn = [point for point in points.values() if point.entry in figure and point.entry.method in STYLES]
     size = f"{args.seeds} seeds, {args.steps} steps of {task.batch} x {task.context} {codec.unit}s"
     text = [f"{args.base or 'The small GPT-2'}, {size}, {machine(task.device, task.amp)}."]
-    text += [tables.pop(""), TABLE_NOTES, f"```text\n{text_plot(drawn)}\n```"]
+    text += [tables.pop(""), TABLE_NOTES, *([f"```text\n{text_plot(drawn)}\n```"] if drawn else [])]
     text += [f"## {title}\n\n{rows}" for title, rows in tables.items()]
     stem = str(args.out / "-".join(["compare", *[Path(args.base or "").name] * large, *["quick"] * args.quick]))
     Path(f"{stem}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
@@ -1011,18 +989,19 @@ def bench_models(args: argparse.Namespace, config: Config, cache: str) -> Iterat
         base = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, use_cache=False))
     else:
         base = GPT2(config)
-    base = base.to(args.device, args.dtype).train()
-    yield "full fine-tuning", copy.deepcopy(base)
-    yield "LoRA r=8", replace(copy.deepcopy(base), TARGETS, lora8)
+    base = base.to(args.dtype).train()
+
+    def fresh() -> nn.Module:
+        return copy.deepcopy(base).to(args.device)
+
+    yield "full fine-tuning", fresh()
+    yield "LoRA r=8", replace(fresh(), TARGETS, functools.partial(LoRA, r=8))
     if args.peft:
-        lora = args.peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
-        yield "LoRA r=8, peft's", args.peft.inject_adapter_in_model(lora, copy.deepcopy(base).requires_grad_(False))
+        conv1d = not isinstance(base, GPT2)
+        lora = args.peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, fan_in_fan_out=conv1d)
+        yield "LoRA r=8, peft's", args.peft.inject_adapter_in_model(lora, fresh().requires_grad_(False))
     for name, (pattern, d) in PATTERNS.items():
-        yield f"SVFT {name}", svft.inject(copy.deepcopy(base), TARGETS, pattern, d, cache_dir=cache)
-
-
-def lora8(layer: nn.Module) -> LoRA:
-    return LoRA(layer, 8)
+        yield f"SVFT {name}", svft.inject(fresh(), TARGETS, pattern, d, cache_dir=cache)
 
 
 def steps_table(args: argparse.Namespace, config: Config) -> str:
@@ -1030,7 +1009,7 @@ def steps_table(args: argparse.Namespace, config: Config) -> str:
     steps, rows, held = {}, {}, 0.0
     window = torch.randint(config.vocabulary, (args.batch, args.context + 1))
     task = Task(window, window, window, args.context, args.batch, args.device, args.amp)
-    torch._dynamo.config.recompile_limit = 64  # with --compile: the models share their code
+    torch._dynamo.config.cache_size_limit = 64  # with --compile: the models share their code
 
     def one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         loss_of(model, window, task).backward()
@@ -1058,24 +1037,21 @@ def bench_layers(d1: int, d2: int, device: torch.device, dtype: torch.dtype) -> 
     """Layers d2 -> d1 with one W0, which is made from its SVD, so that nobody has to wait for one."""
     torch.manual_seed(0)
     n = min(d1, d2)
-    U, V = (torch.linalg.qr(torch.randn(d, n)).Q.to(device) for d in (d1, d2))  # (d1, n), (d2, n)
+    U, V = (torch.linalg.qr(torch.randn(d, n).to(device)).Q for d in (d1, d2))  # (d1, n), (d2, n)
     S = torch.linspace(2, 0.1, n, device=device)
     full = nn.Linear(d2, d1, device=device, dtype=dtype)
     full.weight.data = ((U * S) @ V.T).to(dtype)
     svd = svft.SVD(*(t.to(dtype) for t in (U, S, V.T)))
     layers = {name: svft.SVFTLinear(full, pattern, d, svd=svd) for name, (pattern, d) in PATTERNS.items()}
-    return {
-        "frozen": copy.deepcopy(full).requires_grad_(False),
-        "full": full,
-        "LoRA": lora8(copy.deepcopy(full)),
-        **layers,
-    }
+    frozen, lora = copy.deepcopy(full).requires_grad_(False), LoRA(copy.deepcopy(full), 8)
+    return {"frozen": frozen, "full": full, "LoRA": lora, **layers}
 
 
 def layers_table(args: argparse.Namespace, lengths: list[int]) -> str:
     """One row for each shape, length and pattern; then the worst cell, and GPT-2's block as a whole."""
     rows = [["d1 x d2, T, pattern", "full", "LoRA r=8", *PATHS, "auto", "auto/best"]]
     over, block = {}, {}
+    may = PATHS[:2] if args.amp or args.dtype == torch.bfloat16 else PATHS  # that auto may take
     autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
 
     def call(layer: nn.Module, path: str, x: Tensor) -> None:
@@ -1095,7 +1071,7 @@ def layers_table(args: argparse.Namespace, lengths: list[int]) -> str:
             with autocast:
                 chosen = svft._cheapest_path(layers[name], x)
             auto, label = times[name, chosen], f"{d1} x {d2}, {T}, {name}"
-            over[label] = auto / min(times[name, path] for path in PATHS)
+            over[label] = auto / min(times[name, path] for path in may)
             ratios = [t / frozen for t in (full, lora, *(times[name, path] for path in PATHS))]
             rows.append([label, *(f"{ratio:.2f}" for ratio in ratios), chosen, f"{over[label]:.2f}"])
             if (d1, d2) in BLOCK:
@@ -1105,7 +1081,7 @@ def layers_table(args: argparse.Namespace, lengths: list[int]) -> str:
     worst = max(over, key=over.get)
     return f"""{markdown(rows)}
 
-auto over the fastest path: {over[worst]:.2f} at worst ({worst}).
+auto over the fastest path{", fused left out" if len(may) < 3 else ""}: {over[worst]:.2f} at worst ({worst}).
 GPT-2's block, geometric mean over T and patterns: auto/LoRA {lora:.2f}, auto/full {full:.2f}."""
 
 
@@ -1171,11 +1147,11 @@ def add_options(parser: Parser, command: str) -> None:
     add("finetune", "lr", type=number(float, 1e-9), help="peak learning rate (by method and size)")
     add("finetune", "seed", type=number(int, 0), default=0, help="of pre-training, random entries and batches (0)")
     add("finetune", "save", metavar="FILE.npz", type=Path, help="where to write SVFT's adapter")
-    add("compare", "quick", action=flag, help="7 methods, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
+    add("compare", "quick", action=flag, help="7 rows, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
     add("compare", "seeds", type=count, help="(3)")
     add("compare", "minutes", type=number(float, 0), default=1e9, help="start no run later; draw what is there")
     add(
-        "compare", "out", type=Path, default=Path("results"), help="folder for runs and tables, may be shared (results)"
+        "compare", "out", type=Path, default=Path("results"), help="folder for runs and tables, can be shared (results)"
     )
     add("bench", "quick", action=flag, help="fewer rounds, one length")
     add("bench", "peft", action=flag, help="time the LoRA of the peft package too")
@@ -1184,8 +1160,13 @@ def add_options(parser: Parser, command: str) -> None:
     add("compare", "steps", type=count, help="of training in each run (120)")
     add("finetune", "batch", type=count, default=8, help="sequences in a step, all processes together (8)")
     add("finetune", "context", type=count, default=128, help="tokens in a sequence (128)")
-    add("bench", "batch", type=count, help="sequences in a step (8; on the CPU 1)")
-    add("bench", "context", type=count, help="tokens in a sequence (1024; on the CPU 256)")
+    add("compare bench", "batch", type=count, help="sequences in a step (8; bench on a CPU: 1)")
+    add(
+        "compare bench",
+        "context",
+        type=count,
+        help="tokens in a sequence (128; --base: 256; bench: 1024, on a CPU: 256)",
+    )
     add(every, "amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on for a GPU, with --base)")
     add("finetune bench", "compile", action=flag, help="torch.compile")
     add(both, "cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
@@ -1198,7 +1179,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "finetune"
-    parser = Parser(f"train_toy.py {command}", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    name = "train_toy.py" if command == "finetune" else f"train_toy.py {command}"
+    parser = Parser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_options(parser, command)
     try:
         args = parser.parse_args(argv)
