@@ -2759,18 +2759,36 @@ class TestDocuments:
         assert failed == 0 and run >= 12
         assert all(inspect.getdoc(getattr(svft, name)) for name in svft.__all__)
 
-    def test_the_readmes_python_runs_and_prints_what_it_says(self, tmp_path, monkeypatch):
-        """Each block in turn, in one namespace; a line ending in `# -> text` prints that text."""
+    def test_the_readmes_python_runs_and_prints_what_it_says(self, hf, tmp_path, monkeypatch):
+        """Each block in turn, on a tiny random GPT-2 in the place of the real one; a line `# -> text` is printed, with
+        the real one's numbers, which follow from its shapes. The second block warns of the head, as it says."""
         monkeypatch.chdir(tmp_path)
-        blocks = code_blocks((HERE / "README.md").read_text(encoding="utf-8"), "python")
-        names, shown = {}, 0
-        for block in blocks:
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(block, "README.md", "exec"), names)
-            want = re.findall(r"# -> (.*)", block)
-            assert out.getvalue().splitlines() == want
-            shown += len(want)
-        assert blocks and shown >= 2
+        first, second = code_blocks((HERE / "README.md").read_text(encoding="utf-8"), "python")
+        config = tiny(hf, "gpt2")[0].config
+        for kind, model in (
+            ("CausalLM", hf.GPT2LMHeadModel),
+            ("SequenceClassification", hf.GPT2ForSequenceClassification),
+        ):
+            made = staticmethod(lambda name, model=model: (torch.manual_seed(0), model(config).eval())[1])
+            monkeypatch.setattr(getattr(hf, f"AutoModelFor{kind}"), "from_pretrained", made)
+        names = {"batches": list(torch.randint(3, 50, (3, 2, 8)))}
+        with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(compile(first, "README.md", "exec"), names)
+        said, shown = re.findall(r"# -> (.*)", first), out.getvalue().splitlines()
+        digits = re.compile(r"\d[\d.,]*")
+        assert [digits.sub("#", line) for line in shown] == [digits.sub("#", line) for line in said]
+        k, total = 48 * omega_banded(768, 768, 2).shape[1], 124_439_808
+        assert said == [f"trained: {k:,} parameters, {k / total:.3%} of the base model's {total:,}"]
+        merged = type(names["model"]).from_pretrained(tmp_path / "merged")
+        near(merged(names["ids"]).logits, names["model"](names["ids"]).logits, 1e-4)
+        randomize(names["fresh"])
+        with pytest.warns(UserWarning, match=r"\['score.weight'\] train too and are not in the file"):
+            exec(
+                compile(second.replace("...  #", "randomize(model)  #"), "README.md", "exec"),
+                names | {"randomize": randomize},
+            )
+        assert Path("head.pt").exists()
 
     def test_the_checks_in_the_notes_hold(self):
         """The Python of paper_notes.md, block by block in one namespace."""
