@@ -113,10 +113,14 @@ def _svd(weight: Tensor, r1: int, r2: int) -> SVD:
     U, S, Vh = torch.linalg.svd(W.T if lying else W, full_matrices=r1 != r2)  # of a square W thin is full
     if lying:
         U, Vh = Vh.T, U.T
+    if r1 < len(S) and S[r1 - 1] <= S[r1] * (1 + 1e-6):
+        warnings.warn(f"rank: {r1} cuts through equal singular values: another machine may keep others", stacklevel=3)
     U, S, Vh = U[:, :r1], S[: min(r1, r2)], Vh[:r2]
-    # (-u_i, -v_i) fits as well as (u_i, v_i). M depends on the choice: make the largest entry of u_i positive (D2).
-    largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # (1, r1)
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)  # (1, r1)
+    # (-u_i, -v_i) fits as well as (u_i, v_i). M depends on the choice: make the largest entry of u_i positive (D2), the
+    # first of them if several are equal but for rounding.
+    size = U.abs()
+    first = (size >= (1 - 1e-6) * size.amax(0)).int().argmax(0, keepdim=True)  # (1, r1)
+    sign = torch.where(U.gather(0, first) < 0, -1.0, 1.0).to(U.dtype)  # (1, r1)
     U = U * sign
     Vh[:r1] *= sign[:, :r2].T  # the rows that have a u_i
     return SVD(*(t.to(_wide(weight.dtype)).to(weight.device).contiguous() for t in (U, S, Vh)))
@@ -127,6 +131,8 @@ def _exact(t: Tensor) -> Tensor:
 
     All arithmetic outside forward uses it: neither TF32 nor autocast changes it, and two machines agree (D2).
     """
+    if t.is_meta:
+        raise ValueError("layer: got weights on meta (offloaded?), want them in memory: remove the hooks first")
     t = t.full_tensor() if hasattr(t, "full_tensor") else t
     return (t if t.is_cuda else t.cpu()).double()
 
@@ -221,7 +227,8 @@ class SVFTLinear(nn.Module):
     m starts at zero (D6) and passes no gate (D7). m and S are float32 (float64 for a float64 weight), U and Vh have
     the weight's dtype (D12). A later .to(dtype) converts m too: convert first, then inject. At m = 0 dense and gather
     give base's output bit for bit. fused and keep_weight=False round W0 to U Sigma V^T. In half precision that shows,
-    so "auto" does not take fused there while W0 is kept (D14).
+    so "auto" does not take fused there while W0 is kept (D14). In float16 V^T x may overflow where W0 x does not, if an
+    x has a norm over 65,504: take path="dense" there.
 
     >>> layer = SVFTLinear(nn.Linear(8, 6), "banded", d=1)
     >>> layer.m.shape, layer(torch.randn(3, 8)).shape
@@ -338,7 +345,7 @@ class SVFTLinear(nn.Module):
         The rank is numerical, in float64. Raises RuntimeError unless the three ascend, ValueError for NaN or inf.
         """
         _check_unsharded(self)
-        _check_finite("m", self.m)
+        _check_finite("m", _exact(self.m.detach()))
         rank = int(torch.linalg.matrix_rank(_exact(self.M().detach())))
         found = rank, term_rank(self.omega), rank_bound(self.omega, (self.out_features, self.in_features))
         if not found[0] <= found[1] <= found[2]:
@@ -608,7 +615,10 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
         which = "every m" if len(zero) == len(layers) else f"m of {zero}"
         why = "was the optimizer made before inject, or is the weight read past forward?"
         warnings.warn(f"save_adapter: {which} is still zero: {why}", stacklevel=2)
-    if ties := [name for name, layer in layers.items() if _has_ties(layer.S)]:
+    if converted := [name for name, layer in layers.items() if layer.S.dtype in HALF]:
+        why = "only a model made alike can load the file; convert first, then inject"
+        warnings.warn(f"save_adapter: {converted} were converted after inject: {why}", stacklevel=2)
+    if ties := [name for name, layer in layers.items() if name not in converted and _has_ties(layer.S)]:
         warnings.warn(f"save_adapter: {ties} have equal singular values: save the state_dict as well", stacklevel=2)
     arrays = {f"{name}/{part}": array for name, entry in entries.items() for part, array in entry.items()}
     _write(file, _npz({"format": np.array(FORMAT), **arrays}))
@@ -645,8 +655,12 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     for name, entry in entries.items():
         layer = layers[name]
         layer.omega = torch.from_numpy(entry["omega"]).to(layer.omega.device)
-        layer.m.data = torch.from_numpy(entry["m"]).to(layer.m)  # the same Parameter: an optimizer may hold it
-        layer.m.grad = None
+        m = torch.from_numpy(entry["m"]).to(layer.m)
+        if m.shape == layer.m.shape:
+            layer.m.data.copy_(m)  # the same Parameter: an optimizer may hold it
+            layer.m.grad = None
+        else:
+            layer.m = nn.Parameter(m, requires_grad=layer.m.requires_grad)
         layer.pattern = "custom"
     return _replace(model, plain, new, freeze=bool(plain))
 
@@ -654,7 +668,8 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
 def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """name -> part -> array of an adapter file. All of it is checked, nothing in it is executed."""
     with open(path, "rb") as file:
-        if b"svft 1" in file.read(4096):
+        head = file.read(4096)
+        if b"data.pkl" in head and b"svft 1" in head:  # torch.save's archive
             raise ValueError(f"{path}: got a file of svft 0.1.0, want one of 0.2.0: merge with 0.1.0, or train again")
         file.seek(0)
         try:
@@ -664,7 +679,7 @@ def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
             names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
             if not names or arrays.keys() != {f"{name}/{part}" for name in names for part in PARTS}:
                 raise ValueError(f"arrays {sorted(arrays)[:8]}")
-            entries = {name: {part: arrays[f"{name}/{part}"] for part in PARTS} for name in names}
+            entries = {name: {part: arrays[f"{name}/{part}"].copy() for part in PARTS} for name in names}  # in C order
             _for_each(entries, lambda name, entry: _check_entry(**entry))
             return entries
         except Exception as error:  # whatever zipfile, numpy or a foreign content may raise
@@ -673,9 +688,9 @@ def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _check_entry(omega: np.ndarray, m: np.ndarray, probes: np.ndarray, shape: np.ndarray) -> None:
-    kinds = [(array.dtype.name, array.shape) for array in (omega, m, probes, shape)]
-    m_kind = "float64" if m.dtype.name == "float64" else "float32"
-    if kinds != [("int64", (2, m.size)), (m_kind, (m.size,)), ("float64", (16,)), ("int64", (3,))]:
+    kinds = [(array.dtype, array.shape) for array in (omega, m, probes, shape)]
+    m_kind = np.float64 if m.dtype == np.float64 else np.float32
+    if kinds != [(np.int64, (2, m.size)), (m_kind, (m.size,)), (np.float64, (16,)), (np.int64, (3,))]:
         raise ValueError(f"{PARTS} are {kinds}")
     d1, d2, r = shape.tolist()
     if not (1 <= r <= min(d1, d2) and np.isfinite(m).all() and np.isfinite(probes).all()):
@@ -695,10 +710,10 @@ def _check_update(layer: SVFTLinear, entry: Mapping[str, np.ndarray]) -> None:
     """Refuse an m that would be another update on this layer's bases."""
     omega, m = torch.from_numpy(entry["omega"]), torch.from_numpy(entry["m"])
     _check_finite("m", m.to(layer.m.dtype))
-    norm = np.linalg.norm(entry["probes"])
-    difference = np.linalg.norm(_probes(omega, m, layer.U, layer.Vh) - entry["probes"])
-    if not difference <= 1e-3 * norm:  # nor if it is NaN
-        got = f"an update that differs from the saved one by {difference / (norm or 1):.2g}, relatively"
+    size = np.abs(entry["probes"]).max()
+    difference = np.abs(_probes(omega, m, layer.U, layer.Vh) - entry["probes"]).max()
+    if not difference <= 1e-3 * size:  # nor if it is NaN
+        got = f"an update that differs from the saved one by {difference / (size or 1):.2g}, relatively"
         why = "another base model or dtype, or its singular values repeat: move a state_dict instead"
         raise ValueError(f"m: got {got}, want at most 1e-3: {why}")
 
@@ -730,10 +745,8 @@ def _has_ties(S: Tensor) -> bool:
 
 def _check_whole(layer: SVFTLinear) -> SVD:
     """Refuse a layer whose parts no longer belong together; return its factors in float64."""
-    if any(t.is_meta for t in (*layer.parameters(), *layer.buffers())):
-        raise ValueError("layer: got weights on meta (offloaded?), want them in memory: remove the hooks first")
-    _check_omega(layer.omega, layer.U.shape[1], layer.Vh.shape[0])
     _check_finite("m", _exact(layer.m.detach()))
+    _check_omega(layer.omega, layer.U.shape[1], layer.Vh.shape[0])
     svd = SVD(*(_exact(t.detach()) for t in (layer.U, layer.S, layer.Vh)))
     return _check_svd(svd, layer._exact_W0(), layer.U.dtype)
 
@@ -845,15 +858,17 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
         regex = re.compile(rule)
     except re.error as error:
         raise ValueError(f"target_modules: got {rule!r}, want a regular expression ({error})") from error
-    entries = {rule} if rule else set(target_modules)
+    entries = {rule} if rule else set(map(_own_name, target_modules))
     modules = _named(model)
-    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    embedded = [m for m in model.modules() if rule == "all-linear" and hasattr(m, "get_output_embeddings")]
+    heads = [m.get_output_embeddings() for m in embedded]
     linear = {name for name, module in modules.items() if _is_linear(module) and not any(module is h for h in heads)}
-    stacks = {  # such as the experts of a mixture: 3-d parameters that belong to no convolution
+    no_stacks = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
+    stacks = {  # such as the experts of a mixture: parameters of several matrices
         f"{name}.{leaf}".lstrip(".")
         for name, module in modules.items()
         for leaf, p in module._parameters.items()
-        if p is not None and p.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+        if p is not None and p.ndim == 3 and len(p) > 1 and not isinstance(module, no_stacks)
     }
 
     def matches(name: str) -> set[str]:
