@@ -45,7 +45,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -57,6 +57,7 @@ HERE = Path(__file__).parent
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("quick", max_examples=15, **COMMON)
 settings.register_profile("thorough", max_examples=150, derandomize=True, **COMMON)
+settings.register_profile("mutation", settings.get_profile("thorough"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("SVFT_PROFILE", "quick"))
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 devices = pytest.mark.parametrize("device", DEVICES)
@@ -1202,6 +1203,7 @@ class TestInject:
             (["0.c_fc", "head"], ["h.0.c_fc", "head"]),
             (r"h\.\d+\.c_fc", ["h.0.c_fc", "h.1.c_fc"]),  # a regular expression, against whole names
             (r".*(c_fc|head)", ["h.0.c_fc", "h.1.c_fc", "head"]),
+            (r".*c_f", None),
             (("fc",), None),  # no substring matching (D13)
             ("c_fc", None),
             (["c_fc", "absent"], None),  # every entry must match
@@ -2111,11 +2113,12 @@ class TestAdapterFile:
     @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
     def test_half_precision_factors_fit_to_their_own_rounding(self, dtype, order, keep, tmp_path):
         """The same check, to the rounding of the dtype that the layer has."""
-        model = mlp(width=40).to(dtype) if order == "convert-then-inject" else mlp(width=40)
-        model = randomize(svft.inject(model, ["0", "2", "4"], keep_weight=keep).to(dtype))
+        model = mlp(width=200).to(dtype) if order == "convert-then-inject" else mlp(width=200)
+        model = randomize(svft.inject(model, ["0", "2", "4"], keep_weight=keep))
+        model = model if order == "convert-then-inject" else model.to(dtype)
         svft.save_adapter(model, tmp_path / "a.npz")
         if order == "convert-then-inject":
-            svft.load_adapter(mlp(width=40).to(dtype), tmp_path / "a.npz")
+            svft.load_adapter(mlp(width=200).to(dtype), tmp_path / "a.npz")
         assert type(svft.merge(model)[2]) is nn.Linear
 
     def test_saving_through_a_link_keeps_the_link_and_bad_places_are_named(self, saved, tmp_path):
@@ -2228,7 +2231,7 @@ def forged(path, base):
         "m of text": {"2/m": m.astype(str)},
         "m with NaN": {"2/m": m * np.nan},
         "m with inf": {"2/m": np.where(np.arange(k) == 3, np.inf, m)},
-        "m too large for the layer": {"2/m": m.astype(np.float64) * 1e39},
+        "m too large for the layer": {"2/m": m.astype(np.float64) * 1e39, "2/probes": probes * 1e39},
         "m a scalar": {"2/m": m[0]},
         "m of objects": {"2/m": m.astype(object)},
         "probes of inf": {"2/probes": probes + np.inf},
@@ -2947,10 +2950,10 @@ MUTATIONS = [
     ('{**state, "_disabled": False}', 'state', 'inside_disabled'),
     ('return _exact(self.U) @ Y', 'return (_exact(self.U) @ Y).detach()', 'gradients_pass'),
     ('m = m.to(_wide(m.dtype))\n    return F.embedding_bag(j, Z.to(m.dtype)', 'm = m.to(Z.dtype)\n    return F.embedding_bag(j, Z.to(m.dtype)', 'compute_the_update_in_float32'),
-    ('if Z.device.type != "cpu" or Z.shape[1] == 0:', 'if Z.device.type != "cpu" and Z.shape[1] == 0:', 'no_path_mixes_devices'),
+    ('if Z.device.type != "cpu" or Z.shape[1] == 0:', 'if Z.device.type != "cpu" and Z.shape[1] == 0:', 'primitive_gathers'),
     ('column = 12 * len(layer.m) if', 'column = 0 * len(layer.m) if', 'auto_knows'),
     ('else r1 * r2\n', 'else 12 * len(layer.m)\n', 'on_a_gpu_auto'),
-    ('tokens = 2048 if torch.compiler.is_compiling() else', 'tokens =', 'whole_model_compiles'),
+    ('tokens = 2048 if torch.compiler.is_compiling() else', 'tokens =', 'compiled_auto'),
     ('half = torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF', 'half = layer.U.dtype in HALF', 'auto_knows'),
     ('(half or len(layer.S) < min(d1, d2))', 'half', 'auto_knows'),
     ('(half or len(layer.S) < min(d1, d2))', '(half or len(layer.S) < min(r1, d2))', 'auto_knows'),
@@ -2994,7 +2997,7 @@ MUTATIONS = [
     ('    _check_omega(layer.omega, layer.U.shape[1], layer.Vh.shape[0])', '    pass', 'no_longer_belong_together'),
     ('return _check_svd(svd, layer._exact_W0(), layer.U.dtype)', 'return svd', 'no_longer_belong_together'),
     ('layer._exact_W0(), layer.U.dtype)', 'layer._exact_W0(), layer.m.dtype)', 'fit_to_their_own_rounding'),
-    ('difference.norm() <= limit * scale.norm()', 'difference.norm() <= limit', 'no_longer_belong_together'),
+    ('difference.norm() <= limit * scale.norm()', 'difference.norm() <= limit', 'fit_to_their_own_rounding'),
     ('error = float(difference.norm() / scale.norm())', 'error = float(difference.norm())', 'refused_by_name'),
     ('    _check_finite("m", _exact(layer.m.detach()))', '    pass', 'bad_m_is_refused'),
     ('+ 1e-12 * exact[0]', '+ 0 * exact[0]', 'equal_singular_values'),
@@ -3014,7 +3017,7 @@ def run_in(folder, test):
     sys.path.insert(0, str(folder))
     for name in ("svft", "train_toy", "test_svft"):
         del sys.modules[name]
-    os.environ["SVFT_PROFILE"] = "thorough"  # derandomised: the same verdict each time
+    os.environ["SVFT_PROFILE"] = "mutation"  # derandomised: the same verdict each time; no time for the smallest case
     torch.set_num_threads(1)
     return int(
         pytest.main(
