@@ -18,9 +18,9 @@
         processes share the runs. --quick: 7 runs of 20 steps, up to 45 min without a GPU.
     python train_toy.py bench
         What a training step of GPT-2 costs with each method: time, tokens per second, memory of a GPU; then what each
-        path of svft.py costs on single layers. Two minutes; --quick: 30 s.
+        path of svft.py costs on single layers. Two minutes; --quick: one.
 
-Times without a GPU are for 2 CPU cores (x86-64 with AVX-512) and torch 2.13. --help after a command lists its options.
+Times without a GPU are for 2 CPU cores (x86-64) and torch 2.13. --help after a command lists its options.
 `finetune` is the recipe to copy, `train` its loop. In comments on shapes, B sequences have T tokens each.
 """
 
