@@ -4,7 +4,7 @@
         No download, no GPU. Pre-trains a small GPT-2 (842,496 parameters, bytes as tokens) on the source of Python's
         standard library, keeps it in .svft_cache, and fine-tunes it with SVFT on the prose of Python's language
         reference. The loss on held-out prose falls by about 0.29 nats per byte with 4% of the parameters. It prints
-        the loss, the speed, how far the merged model is from the adapted one, and samples. Two minutes, then 30 s.
+        the loss, the speed, how far the merged model is from the adapted one, and samples. Three minutes, then one.
     python train_toy.py --base gpt2 --data my.txt --save adapter.npz
         The same with a pretrained model (any causal one of transformers, by name or folder), its tokenizer and your
         text, on a GPU if there is one. README loads the adapter again. --method lora or full trains another method.
