@@ -15,7 +15,7 @@ The method on one weight:
 The method on a model:
 
     model = svft.inject(model, ["c_attn", "c_proj"], "banded", d=2, cache_dir="svd")  # only the m's train
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
     ...                                                             # train as usual
     svft.save_adapter(model, "adapter.npz")                         # Omega and m
     svft.load_adapter(fresh_model, "adapter.npz", cache_dir="svd")  # refuses a base that does not fit
@@ -619,7 +619,7 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
         why = "only a model made alike can load the file; convert first, then inject"
         warnings.warn(f"save_adapter: {converted} were converted after inject: {why}", stacklevel=2)
     if ties := [name for name, layer in layers.items() if name not in converted and _has_ties(layer.S)]:
-        warnings.warn(f"save_adapter: {ties} have equal singular values: save the state_dict as well", stacklevel=2)
+        warnings.warn(f"save_adapter: {ties} have equal singular values: move a state_dict instead", stacklevel=2)
     arrays = {f"{name}/{part}": array for name, entry in entries.items() for part, array in entry.items()}
     _write(file, _npz({"format": np.array(FORMAT), **arrays}))
 

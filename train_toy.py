@@ -15,7 +15,7 @@
         three studies. Prints tables and the figure as text. 35 min; stop it at any time, it goes on from there.
     python train_toy.py compare --base gpt2
         The same figure on a pretrained model: about 100 runs, for a GPU. Started several times with one --out, the
-        processes share the runs. --quick: 7 runs of 20 steps, up to 45 min without a GPU.
+        processes share the runs. --quick: 7 methods, 20 steps each, up to 45 min without a GPU.
     python train_toy.py bench
         What a training step of GPT-2 costs with each method: time, tokens per second, memory of a GPU; then what each
         path of svft.py costs on single layers. Two minutes; --quick: one.
@@ -1167,7 +1167,12 @@ def add_options(parser: Parser, command: str) -> None:
         type=count,
         help="tokens in a sequence (128; --base: 256; bench: 1024, on a CPU: 256)",
     )
-    add(every, "amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (on for a GPU, with --base)")
+    add(
+        every,
+        "amp",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast (on: a GPU with --base; bench: off)",
+    )
     add("finetune bench", "compile", action=flag, help="torch.compile")
     add(both, "cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
 
