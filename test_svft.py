@@ -65,6 +65,12 @@ devices = pytest.mark.parametrize("device", DEVICES)
 
 # ---------------------------------------------------------------- strategies and oracles
 
+
+def in_words(value):
+    """A readable id of a dtype, a shape or a flag."""
+    return re.sub(r"torch\.|[ ()']", "", str(value))
+
+
 sizes = st.integers(1, 7)
 seeds = st.integers(0, 2**31)
 patterns = st.sampled_from(["plain", "banded", "random", "custom"])
@@ -268,8 +274,8 @@ class TestSVD_Section_3_1:
             warnings.simplefilter("error")
             compute_svd(W, rank=2), compute_svd(W, rank=4), compute_svd(W)
 
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (4, 4)])
-    @pytest.mark.parametrize("rank", [0, 1])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (4, 4)], ids=in_words)
+    @pytest.mark.parametrize("rank", [0, 1], ids=in_words)
     def test_zero_and_rank_deficient_weights_still_get_orthonormal_factors(self, shape, rank):
         """U and V must be bases of frozen directions also where Sigma has zeros."""
         W = torch.outer(torch.arange(1.0, shape[0] + 1), torch.ones(shape[1])) * rank
@@ -278,7 +284,7 @@ class TestSVD_Section_3_1:
         near(Vh @ Vh.T, np.eye(min(shape)), 1e-6)
         assert int((S > 1e-5).sum()) == rank
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=in_words)
     def test_it_is_computed_in_float64_and_kept_in_float32_or_better(self, dtype):
         """Half precision is cast up, never decomposed as it is; a float64 weight keeps float64 factors (D2)."""
         W = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -478,7 +484,7 @@ class TestTheLayer_Eq_1:
         near(layer.U @ layer.M() @ layer.Vh, delta, rounding(torch.float64, delta))
 
     @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
-    @pytest.mark.parametrize("how", [{}, {"full_matrices": True}])
+    @pytest.mark.parametrize("how", [{}, {"full_matrices": True}], ids=["thin", "full"])
     def test_gradients_pass_gradcheck(self, path, how):
         """Finite differences agree, for m, for x, and through M(), delta_weight() and merged_weight()."""
         layer = SVFTLinear(plain_layer(4, 3), "banded", 1, path=path, **how)
@@ -492,7 +498,7 @@ class TestTheLayer_Eq_1:
     @devices
     @pytest.mark.parametrize("kind", ["linear", "conv1d"])
     @pytest.mark.parametrize("path", ["dense", "gather", "fused"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=in_words)
     def test_training_starts_at_W0(self, kind, path, dtype, device):
         """m = 0 (D6) leaves the output bit-identical on dense and gather; on fused, to the rounding of U and Vh (D14)."""
         base = plain_layer(9, 7, kind, dtype).to(device)
@@ -525,10 +531,10 @@ class TestTheLayer_Eq_1:
             assert torch.equal(now, was) and now.grad is None and not now.requires_grad, name
         assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["m"]
 
-    @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
-    @pytest.mark.parametrize("tokens", [1, 16, 4096])
-    @pytest.mark.parametrize("keep", [True, False])
-    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)], ids=in_words)
+    @pytest.mark.parametrize("tokens", [1, 16, 4096], ids=in_words)
+    @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
+    @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
     def test_auto_takes_the_path_with_the_fewest_multiply_adds(self, shape, tokens, keep, train):
         """Counted by torch's own FlopCounterMode; leading dimensions count as tokens (D11)."""
         from torch.utils.flop_counter import FlopCounterMode
@@ -648,7 +654,7 @@ class TestLemma_b_expressivity:
             layer.m.copy_((layer.U.T @ (P - base.weight) @ layer.Vh.T).flatten())
         near(layer.merged_weight(), P, rounding(torch.float64, P, base.weight.detach()))
 
-    @pytest.mark.parametrize("shape", [(6, 3), (3, 6)])
+    @pytest.mark.parametrize("shape", [(6, 3), (3, 6)], ids=in_words)
     def test_with_the_thin_svd_of_a_rectangular_weight_it_fails(self, shape):
         """Only P - W0 in span(U) x span(V) is reached; the best M leaves the rest, the projection's residual (D1)."""
         base = plain_layer(*shape)
@@ -808,7 +814,11 @@ SLIPS = [
 
 
 class TestTrainableParameters_Tables_1_to_10:
-    @pytest.mark.parametrize("table, count, setting, want, printed", COUNTS)
+    @pytest.mark.parametrize(
+        "table, count, setting, want, printed",
+        COUNTS,
+        ids=[f"table-{c[0]}-{c[2][0]}-{c[1].__name__[11:]}-{c[4]}" for c in COUNTS],
+    )
     def test_a_count_of_the_paper_follows_from_shapes_alone(self, table, count, setting, want, printed):
         """Exactly our number, which is within one unit of the last digit that is printed."""
         assert count(*setting) == want
@@ -816,7 +826,9 @@ class TestTrainableParameters_Tables_1_to_10:
         step = 10.0 ** -len(digits.partition(".")[2])
         assert abs(want / unit - float(digits)) < step, "more than one unit in the last printed digit"
 
-    @pytest.mark.parametrize("table, setting, want, printed, explained", SLIPS)
+    @pytest.mark.parametrize(
+        "table, setting, want, printed, explained", SLIPS, ids=[f"table-{s[0]}-{s[1][0]}-{s[3]}" for s in SLIPS]
+    )
     def test_a_slip_of_the_paper_is_a_slip(self, table, setting, want, printed, explained):
         """What the text describes gives another number than the table prints; fewer or more modules explain some."""
         assert trained_by_svft(*setting) == want and abs(want - printed) > 0.04 * printed
@@ -840,7 +852,7 @@ class TestTrainableParameters_Tables_1_to_10:
 
 class TestDtypesAndTransformations:
     @pytest.mark.parametrize("path", ["dense", "gather", "auto"])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=in_words)
     def test_half_precision_layers_compute_the_update_in_float32(self, path, dtype):
         """W0 and the bases stay half, m and the sparse step are float32 (D12): small values of m come out whole."""
         base = plain_layer(48, 40, dtype=dtype)
@@ -877,7 +889,7 @@ class TestDtypesAndTransformations:
         assert layer.m.grad.dtype == torch.float32 and layer.m.grad.abs().sum() > 0
 
     @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=in_words)
     def test_fused_in_half_precision_is_allowed_when_asked_for(self, dtype, keep):
         """W0 comes back to the rounding of U and Vh, about as much as the dtype's own (D14); an m far below Sigma's
         last bit is not lost on the CPU, as Sigma z is added beside M z, in float32."""
@@ -1127,8 +1139,8 @@ class TestMerge:
 
     @devices
     @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    @pytest.mark.parametrize("train", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=in_words)
+    @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
     def test_type_layout_dtype_device_bias_and_mode_are_kept(self, kind, dtype, train, device):
         """A plain layer of the base's own type, frozen, with memory of its own."""
         base = plain_layer(6, 6, kind, dtype).to(device).train(train)
@@ -1208,6 +1220,7 @@ class TestInject:
             ("c_fc", None),
             (["c_fc", "absent"], None),  # every entry must match
         ],
+        ids="end whole two-entries regex alternatives regex-too-short substring regex-of-an-end one-absent".split(),
     )
     def test_targets_are_matched_by_whole_names_or_their_ends(self, targets, names):
         """PEFT's rules (D13); the error of a name that matches nothing says which names there are."""
@@ -1379,7 +1392,7 @@ class TestInject:
 
 
 class TestDisabledAndSummary:
-    @pytest.mark.parametrize("keep", [True, False])
+    @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
     def test_inside_disabled_the_model_is_the_base_model(self, keep):
         """Blocks nest: the outer one still holds when the inner one ends, also by an exception."""
         base = mlp()
@@ -1714,7 +1727,7 @@ def rewritten(path, **changes):
 
 class TestSVDCache:
     @pytest.mark.parametrize("how", [{}, {"rank": 2}, {"full_matrices": True}], ids=["thin", "cut", "full"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=in_words)
     def test_a_second_call_reads_the_same_bits_and_computes_nothing(self, tmp_path, svd_calls, dtype, how):
         """One .npz file per weight and options, which numpy opens; a hit gives what the miss gave."""
         W = plain_layer(6, 4, dtype=dtype).weight
@@ -1750,6 +1763,7 @@ class TestSVDCache:
             "of another weight": lambda svd: compute_svd(torch.randn(6, 4)),
             "a vector for a matrix": lambda svd: svd._replace(U=svd.U[:, 0]),
         }.items(),
+        ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
     )
     def test_factors_of_something_else_are_a_miss(self, tmp_path, svd_calls, name, change, caplog):
         """What is read is checked: orthonormal, W V = U S and U^T W = S V^T, S sorted; then it is replaced."""
@@ -1986,7 +2000,7 @@ class TestAdapterFile:
         with pytest.raises(ValueError, match=r"got nothing for \['2', '4'\]"):
             svft.load_adapter(svft.inject(base, ["0", "2", "4"]), path)
 
-    @pytest.mark.parametrize("columns", [1, 3])
+    @pytest.mark.parametrize("columns", [1, 3], ids=in_words)
     def test_flipped_signs_are_refused(self, saved, columns):
         """Another valid SVD of the same weight: a few (u_i, v_i) negated. The update would be another one."""
         base, model, path = saved
@@ -2108,7 +2122,7 @@ class TestAdapterFile:
             act(model)
         assert snapshot(model)[0] == before and list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=in_words)
     @pytest.mark.parametrize("order", ["convert-then-inject", "inject-then-convert"])
     @pytest.mark.parametrize("keep", [True, False], ids=["W0-kept", "W0-freed"])
     def test_half_precision_factors_fit_to_their_own_rounding(self, dtype, order, keep, tmp_path):
