@@ -360,8 +360,7 @@ class SVFTLinear(nn.Module):
         NaN or inf in m or in the sum, or if U, S and Vh are no longer the SVD of W0; TypeError for a sharded layer.
         """
         _check_unsharded(self)
-        _check_whole(self)
-        W0 = self._exact_W0()  # (d1, d2)
+        _, W0 = _check_whole(self)  # (d1, d2)
         delta = self._exact_delta()  # (d1, d2)
         W = (W0 + delta).to(self.U.dtype)  # (d1, d2)
         _check_finite("merged weight", W)
@@ -729,7 +728,7 @@ def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> np.ndarray:
 
 
 def _entry_of(layer: SVFTLinear) -> dict[str, np.ndarray]:
-    U, S, Vh = _check_whole(layer)
+    (U, S, Vh), _ = _check_whole(layer)
     if U.shape[1] != Vh.shape[0]:  # its extra columns are arbitrary
         raise ValueError("full_matrices: got the full SVD of a rectangular weight, want thin: save a state_dict")
     m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu().numpy()
@@ -743,12 +742,13 @@ def _has_ties(S: Tensor) -> bool:
     return bool((-exact.diff() <= torch.finfo(S.dtype).eps * exact[1:] + 1e-12 * exact[0]).any())
 
 
-def _check_whole(layer: SVFTLinear) -> SVD:
-    """Refuse a layer whose parts no longer belong together; return its factors in float64."""
+def _check_whole(layer: SVFTLinear) -> tuple[SVD, Tensor]:
+    """Refuse a layer whose parts no longer belong together; return its factors and W0 (d1, d2) in float64."""
     _check_finite("m", _exact(layer.m.detach()))
     _check_omega(layer.omega, layer.U.shape[1], layer.Vh.shape[0])
     svd = SVD(*(_exact(t.detach()) for t in (layer.U, layer.S, layer.Vh)))
-    return _check_svd(svd, layer._exact_W0(), layer.U.dtype)
+    W0 = layer._exact_W0()
+    return _check_svd(svd, W0, layer.U.dtype), W0
 
 
 def _cached_svd(folder: Path, weight: Tensor, r1: int, r2: int) -> SVD:
@@ -863,13 +863,7 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
     embedded = [m for m in model.modules() if rule == "all-linear" and hasattr(m, "get_output_embeddings")]
     heads = [m.get_output_embeddings() for m in embedded]
     linear = {name for name, module in modules.items() if _is_linear(module) and not any(module is h for h in heads)}
-    no_stacks = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
-    stacks = {  # such as the experts of a mixture: parameters of several matrices
-        f"{name}.{leaf}".lstrip(".")
-        for name, module in modules.items()
-        for leaf, p in module._parameters.items()
-        if p is not None and p.ndim == 3 and len(p) > 1 and not isinstance(module, no_stacks)
-    }
+    stacks = _stacks(modules)
 
     def matches(name: str) -> set[str]:
         """The entries that match the name of a module or of a stack."""
@@ -891,6 +885,17 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
     if left:
         warnings.warn(f"target_modules: got {target_modules!r}{beside}", stacklevel=3)
     return targets
+
+
+def _stacks(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The names of the parameters that are several matrices, such as the experts of a mixture."""
+    no_stacks = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
+    return {
+        f"{name}.{leaf}".lstrip(".")
+        for name, module in modules.items()
+        for leaf, p in module._parameters.items()
+        if p is not None and p.ndim == 3 and len(p) > 1 and not isinstance(module, no_stacks)
+    }
 
 
 def _check_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:

@@ -42,7 +42,6 @@ import statistics
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -322,9 +321,9 @@ def make_task(text: str, source: str, codec: Codec, context: int, batch: int, **
 
 def check_method(args: argparse.Namespace) -> str:
     """The method's name; an option that it would ignore, or that cannot work, is refused."""
-    own = {"full": [], "lora": ["targets", "d"], "svft": ["targets", "d", "pattern", "save"]}[args.method]
-    for name in ("targets", "d", "pattern", "save"):
-        if getattr(args, name) is not None and name not in own:
+    useless = {"full": ["targets", "d", "pattern", "save"], "lora": ["pattern", "save"], "svft": []}[args.method]
+    for name in useless:
+        if getattr(args, name) is not None:
             raise UserError(f"--{name}: got it with --method {args.method}, which has no use for it")
     args.d, args.pattern = 8 if args.d is None else args.d, args.pattern or "banded"
     if args.method == "lora" and args.d == 0:
@@ -370,7 +369,7 @@ def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 12
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)[:4_000_000]
     task = make_task(text, "the standard library", BYTES, Config.context, 8, device=device)
     key = digest("format 2", dataclasses.astuple(Config()), steps, task.batch, lr, seed, task.train)
-    file, temporary = cache / f"gpt2-{key}.npz", cache / f"{uuid.uuid4().hex}.npz"
+    file = cache / f"gpt2-{key}.npz"
     torch.manual_seed(seed)
     model = GPT2(Config()).to(device)
     try:
@@ -382,14 +381,11 @@ def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 12
     except Exception as error:  # whatever numpy makes of a short or foreign file
         say(f"{file} is damaged and will be made again ({error})")
     train(model, task, steps, lr, seed, "pre-training")
-    try:  # whole or not at all: a process that is killed here leaves no half file
+    try:
         cache.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **{name: t.cpu().numpy() for name, t in model.state_dict().items()})
-        os.replace(temporary, file)
+        svft._write(file, svft._npz({name: t.cpu().numpy() for name, t in model.state_dict().items()}))
     except OSError as error:
-        say(f"going on without a cache: cannot write {file} ({error})")
-    finally:
-        temporary.unlink(missing_ok=True)
+        say(f"--cache: cannot write, going on without ({error})")
     return model
 
 
@@ -1039,18 +1035,16 @@ def bench_layers(d1: int, d2: int, device: torch.device, dtype: torch.dtype) -> 
     n = min(d1, d2)
     U, V = (torch.linalg.qr(torch.randn(d, n).to(device)).Q for d in (d1, d2))  # (d1, n), (d2, n)
     S = torch.linspace(2, 0.1, n, device=device)
-    full = nn.Linear(d2, d1, device=device, dtype=dtype)
-    full.weight.data = ((U * S) @ V.T).to(dtype)
+    frozen = nn.Linear(d2, d1, device=device, dtype=dtype).requires_grad_(False)
+    frozen.weight.data = ((U * S) @ V.T).to(dtype)
     svd = svft.SVD(*(t.to(dtype) for t in (U, S, V.T)))
-    layers = {name: svft.SVFTLinear(full, pattern, d, svd=svd) for name, (pattern, d) in PATTERNS.items()}
-    frozen, lora = copy.deepcopy(full).requires_grad_(False), LoRA(copy.deepcopy(full), 8)
-    return {"frozen": frozen, "full": full, "LoRA": lora, **layers}
+    layers = {name: svft.SVFTLinear(frozen, pattern, d, svd=svd) for name, (pattern, d) in PATTERNS.items()}
+    return {"frozen": frozen, **layers}
 
 
 def layers_table(args: argparse.Namespace, lengths: list[int]) -> str:
-    """One row for each shape, length and pattern; then the worst cell, and GPT-2's block as a whole."""
-    rows = [["d1 x d2, T, pattern", "full", "LoRA r=8", *PATHS, "auto", "auto/best"]]
-    over, block = {}, {}
+    """One row for each shape, length and pattern; then the worst cell."""
+    rows, over = [["d1 x d2, T, pattern", *PATHS, "auto", "auto/best"]], {}
     may = PATHS[:2] if args.amp or args.dtype == torch.bfloat16 else PATHS  # that auto may take
     autocast = torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -1066,23 +1060,16 @@ def layers_table(args: argparse.Namespace, lengths: list[int]) -> str:
         x = torch.randn(T, d2, device=args.device, dtype=args.dtype, requires_grad=True)
         forms = [(name, path) for name in layers for path in (PATHS if name in PATTERNS else [""])]
         times = medians({form: functools.partial(call, layers[form[0]], form[1], x) for form in forms}, 1)
-        frozen, full, lora = (times[name, ""] for name in ("frozen", "full", "LoRA"))
         for name in PATTERNS:
             with autocast:
-                chosen = svft._cheapest_path(layers[name], x)
-            auto, label = times[name, chosen], f"{d1} x {d2}, {T}, {name}"
-            over[label] = auto / min(times[name, path] for path in may)
-            ratios = [t / frozen for t in (full, lora, *(times[name, path] for path in PATHS))]
-            rows.append([label, *(f"{ratio:.2f}" for ratio in ratios), chosen, f"{over[label]:.2f}"])
-            if (d1, d2) in BLOCK:
-                block.setdefault((T, name), []).append((auto, lora, full))
-    sums = [[sum(times) for times in zip(*cells, strict=True)] for cells in block.values()]
-    lora, full = (statistics.geometric_mean(row[0] / row[column] for row in sums) for column in (1, 2))
+                auto = svft._cheapest_path(layers[name], x)
+            label = f"{d1} x {d2}, {T}, {name}"
+            over[label] = times[name, auto] / min(times[name, path] for path in may)
+            ratios = [f"{times[name, path] / times['frozen', '']:.2f}" for path in PATHS]
+            rows.append([label, *ratios, auto, f"{over[label]:.2f}"])
     worst = max(over, key=over.get)
-    return f"""{markdown(rows)}
-
-auto over the fastest path{", fused left out" if len(may) < 3 else ""}: {over[worst]:.2f} at worst ({worst}).
-GPT-2's block, geometric mean over T and patterns: auto/LoRA {lora:.2f}, auto/full {full:.2f}."""
+    left_out = ", fused left out" if len(may) < 3 else ""
+    return f"{markdown(rows)}\n\nauto over the fastest path{left_out}: {over[worst]:.2f} at worst ({worst})."
 
 
 def seconds_of(call: Callable[[], Any], times: int) -> float:
@@ -1150,9 +1137,7 @@ def add_options(parser: Parser, command: str) -> None:
     add("compare", "quick", action=flag, help="7 rows, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
     add("compare", "seeds", type=count, help="(3)")
     add("compare", "minutes", type=number(float, 0), default=1e9, help="start no run later; draw what is there")
-    add(
-        "compare", "out", type=Path, default=Path("results"), help="folder for runs and tables, can be shared (results)"
-    )
+    add("compare", "out", type=Path, default=Path("results"), help="folder of runs and tables, can be shared (results)")
     add("bench", "quick", action=flag, help="fewer rounds, one length")
     add("bench", "peft", action=flag, help="time the LoRA of the peft package too")
     add("bench", "dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
@@ -1161,18 +1146,9 @@ def add_options(parser: Parser, command: str) -> None:
     add("finetune", "batch", type=count, default=8, help="sequences in a step, all processes together (8)")
     add("finetune", "context", type=count, default=128, help="tokens in a sequence (128)")
     add("compare bench", "batch", type=count, help="sequences in a step (8; bench on a CPU: 1)")
-    add(
-        "compare bench",
-        "context",
-        type=count,
-        help="tokens in a sequence (128; --base: 256; bench: 1024, on a CPU: 256)",
-    )
-    add(
-        every,
-        "amp",
-        action=argparse.BooleanOptionalAction,
-        help="bfloat16 autocast (on: a GPU with --base; bench: off)",
-    )
+    add("compare bench", "context", type=count, help="tokens in a sequence (128; --base 256; bench 1024, a CPU 256)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add(every, "amp", action=yes_or_no, help="bfloat16 autocast (on: a GPU with --base; bench: off)")
     add("finetune bench", "compile", action=flag, help="torch.compile")
     add(both, "cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
 
