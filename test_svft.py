@@ -2345,34 +2345,25 @@ class TestDamagedAdapterFiles:
 # ---------------------------------------------------------------- bad input: one line each, with its reason
 
 
-def with_weight(weight):
-    """The small model with another weight in its middle layer."""
-    model = mlp()
-    model[2].weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-    return model
-
-
-def wrapped(change):
+def changed(change):
     """The small model after a change that makes its middle layer unfit."""
     model = mlp()
-    change(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's old weight_norm
+        change(model)
     return model
 
 
-def norm_old(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nn.utils.weight_norm(model[2])
+def with_weight(weight):
+    new = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    return changed(lambda model: setattr(model[2], "weight", new))
 
 
 class Subclass(nn.Linear):
     pass
 
 
-def attention():
-    return nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "e": nn.TransformerEncoderLayer(8, 2, 16)})
-
-
+attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "e": nn.TransformerEncoderLayer(8, 2, 16)})
 W = torch.eye(4, 3)
 O = omega_plain(3, 3)  # noqa: E741
 inject_2 = lambda model, **k: svft.inject(model, ["2"], **k)  # noqa: E731
@@ -2381,8 +2372,6 @@ BAD = [
     # what is wrong; the call, given the small model (or the one made by `on`); the error; what its text names
     ("weight no tensor", lambda m: compute_svd([[1.0]]), TypeError, "weight: got list"),
     ("weight integer", lambda m: compute_svd(torch.ones(2, 2, dtype=torch.int64)), TypeError, "weight: got torch.int64"),
-    ("weight complex", lambda m: compute_svd(torch.ones(2, 2, dtype=torch.complex64)), TypeError, "weight: got torch.complex64"),
-    ("weight bool", lambda m: compute_svd(torch.ones(2, 2) > 0), TypeError, "weight: got torch.bool"),
     ("weight a vector", lambda m: compute_svd(torch.ones(3)), ValueError, r"weight: got a tensor of shape \(3,\), want a matrix"),
     ("weight a convolution's", lambda m: compute_svd(torch.ones(2, 2, 3)), ValueError, r"weight: got a tensor of shape \(2, 2, 3\)"),
     ("weight empty", lambda m: compute_svd(torch.ones(0, 3)), ValueError, r"weight: got a tensor of shape \(0, 3\), want a matrix that holds values"),
@@ -2390,7 +2379,6 @@ BAD = [
     ("weight with NaN", lambda m: compute_svd(W * math.nan), ValueError, "weight: got NaN or inf"),
     ("weight with inf", lambda m: compute_svd(W / 0), ValueError, "weight: got NaN or inf"),
     ("rank zero", lambda m: compute_svd(W, rank=0), ValueError, "rank: got 0"),
-    ("rank negative", lambda m: compute_svd(W, rank=-1), ValueError, "rank: got -1"),
     ("rank a float", lambda m: compute_svd(W, rank=2.0), TypeError, "rank: got 2.0, want an int"),
     ("rank of the full SVD", lambda m: compute_svd(W, rank=2, full_matrices=True), ValueError, "rank: got 2 with full"),
     ("r1 zero", lambda m: omega_plain(0, 3), ValueError, "r1: got 0"),
@@ -2403,9 +2391,7 @@ BAD = [
     ("k over r1 r2", lambda m: omega_random(3, 3, 10), ValueError, "k: got 10, want 1 to 9"),
     ("seed negative", lambda m: omega_random(3, 3, 2, seed=-1), ValueError, "seed: got -1"),
     ("seed too large", lambda m: omega_random(3, 3, 2, seed=2**32), ValueError, "seed: got 4294967296"),
-    ("seed a float", lambda m: omega_random(3, 3, 2, seed=0.5), TypeError, "seed: got 0.5"),
     ("top-k, k over r1 r2", lambda m: omega_top_k(torch.eye(2), torch.eye(2), 5), ValueError, "k: got 5, want 1 to 4"),
-    ("top-k, k zero", lambda m: omega_top_k(torch.eye(2), torch.eye(2), 0), ValueError, "k: got 0"),
     ("top-k, rectangular", lambda m: omega_top_k(torch.ones(3, 2), torch.eye(2), 1), ValueError, "top_k: got a 3 x 2 weight"),
     ("top-k, U no matrix", lambda m: omega_top_k(torch.ones(3), torch.eye(3), 1), ValueError, r"U: got a tensor of shape \(3,\)"),
     ("top-k, Vh integer", lambda m: omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1), TypeError, "Vh: got torch.int64"),
@@ -2475,59 +2461,57 @@ BAD_MODELS = [
     ("float8", with_weight(torch.ones(6, 6).to(torch.float8_e4m3fn)), "2", TypeError, "weight: got torch.float8"),
     ("meta", mlp().to("meta"), "2", ValueError, "weight: got a meta tensor"),
     ("no inputs", with_weight(torch.ones(6, 0)), "2", ValueError, r"weight: got a tensor of shape \(6, 0\)"),
-    ("parametrised", wrapped(lambda m: nn.utils.parametrizations.orthogonal(m[2])), "2", TypeError, "Parametrized"),
-    ("weight-normed", wrapped(lambda m: nn.utils.parametrizations.weight_norm(m[2])), "2", TypeError, "Parametrized"),
-    ("weight-normed, old way", wrapped(norm_old), "2", TypeError, "base: got .*weight_g.*weight_v"),
-    ("pruned", wrapped(lambda m: nn.utils.prune.l1_unstructured(m[2], "weight", 3)), "2", TypeError, "base: got"),
-    ("a backward hook", wrapped(lambda m: m[2].register_full_backward_hook(print)), "2", ValueError, "got hooks"),
-    ("a state_dict hook", wrapped(lambda m: m[2].register_state_dict_post_hook(lambda *a: None)), "2", ValueError, "got hooks"),
-    ("another layer's forward", wrapped(lambda m: setattr(m[2], "forward", m[0].forward)), "2", ValueError, "got hooks or a forward"),
-    ("a forward hook", wrapped(lambda m: m[2].register_forward_hook(print)), "2", ValueError, "got hooks"),
-    ("a forward pre-hook", wrapped(lambda m: m[2].register_forward_pre_hook(print)), "2", ValueError, "got hooks"),
-    ("a forward of its own", wrapped(lambda m: setattr(m[2], "forward", print)), "2", ValueError, "got hooks or a forward"),
-    ("injected already", wrapped(lambda m: svft.inject(m, ["2"])), "2", TypeError, "got an SVFTLinear already"),
-    ("under two names", wrapped(lambda m: m.append(m[2])), "2", ValueError, r"shared by \['2', '5'\]"),
-    ("a tied weight", wrapped(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)), "2", ValueError, r"shared by \['2', '5'\]"),
-    ("an attention's own projection", attention(), "a.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
-    ("an encoder layer's inner one", attention(), "e.linear1", ValueError, "got a part of another module"),
+    ("parametrised", changed(lambda m: nn.utils.parametrizations.orthogonal(m[2])), "2", TypeError, "Parametrized"),
+    ("weight-normed", changed(lambda m: nn.utils.parametrizations.weight_norm(m[2])), "2", TypeError, "Parametrized"),
+    ("weight-normed, old way", changed(lambda m: nn.utils.weight_norm(m[2])), "2", TypeError, "base: got .*weight_g.*weight_v"),
+    ("pruned", changed(lambda m: nn.utils.prune.l1_unstructured(m[2], "weight", 3)), "2", TypeError, "base: got"),
+    ("a backward hook", changed(lambda m: m[2].register_full_backward_hook(print)), "2", ValueError, "got hooks"),
+    ("a state_dict hook", changed(lambda m: m[2].register_state_dict_post_hook(lambda *a: None)), "2", ValueError, "got hooks"),
+    ("another layer's forward", changed(lambda m: setattr(m[2], "forward", m[0].forward)), "2", ValueError, "got hooks or a forward"),
+    ("a forward hook", changed(lambda m: m[2].register_forward_hook(print)), "2", ValueError, "got hooks"),
+    ("a forward pre-hook", changed(lambda m: m[2].register_forward_pre_hook(print)), "2", ValueError, "got hooks"),
+    ("a forward of its own", changed(lambda m: setattr(m[2], "forward", print)), "2", ValueError, "got hooks or a forward"),
+    ("injected already", changed(lambda m: svft.inject(m, ["2"])), "2", TypeError, "got an SVFTLinear already"),
+    ("under two names", changed(lambda m: m.append(m[2])), "2", ValueError, r"shared by \['2', '5'\]"),
+    ("a tied weight", changed(lambda m: setattr(m[2], "weight", m.append(nn.Linear(6, 6))[5].weight)), "2", ValueError, r"shared by \['2', '5'\]"),
+    ("an attention's own projection", attention, "a.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
+    ("an encoder layer's inner one", attention, "e.linear1", ValueError, "got a part of another module"),
     ("an embedding", nn.ModuleDict({"wte": nn.Embedding(4, 3)}), "wte", TypeError, "base: got .*Embedding"),
     ("a bilinear layer", nn.ModuleDict({"b": nn.Bilinear(2, 2, 2)}), "b", TypeError, "base: got .*Bilinear"),
 ]
 # fmt: on
 
 
+def cases(table):
+    return [pytest.param(*row[1:], id=row[0].replace(" ", "-")) for row in table]
+
+
+def parts(model):  # also of a model on meta, which has no values
+    found = [*model.named_modules(), *model.named_parameters()]
+    return [(name, id(part), getattr(part, "requires_grad", None)) for name, part in found]
+
+
 class TestBadInput:
-    @pytest.mark.parametrize("call, error, text", [pytest.param(*b[1:], id=b[0].replace(" ", "-")) for b in BAD])
+    @pytest.mark.parametrize("call, error, text", cases(BAD))
     def test_it_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
         """The error names the argument, what it got and what it wants; the model is bit-identical afterwards."""
         monkeypatch.chdir(tmp_path)
         model = mlp()
-        modules, before = list(model.modules()), {n: p.detach().clone() for n, p in model.named_parameters()}
+        before = snapshot(model)
         with pytest.raises(error, match=text) as caught:
             call(model)
         assert error is FileNotFoundError or "want" in str(caught.value)
-        assert modules == list(model.modules()) and list(tmp_path.iterdir()) == []
-        assert all(
-            torch.equal(p.float(), before[n].to(p.dtype).float()) and p.requires_grad
-            for n, p in model.named_parameters()
-        )
+        assert list(tmp_path.iterdir()) == []
+        assert_untouched(model, before)
 
-    @pytest.mark.parametrize(
-        "model, target, error, text", [pytest.param(*b[1:], id=b[0].replace(" ", "-")) for b in BAD_MODELS]
-    )
+    @pytest.mark.parametrize("model, target, error, text", cases(BAD_MODELS))
     def test_a_layer_it_cannot_serve_is_refused_and_named(self, model, target, error, text):
         """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do."""
-        before = (
-            [(n, id(m)) for n, m in model.named_modules()],
-            [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
-        )
+        before = parts(model)
         with pytest.raises(error, match=text) as caught:
             svft.inject(model, [target])
         assert f"layer {target!r}" in str(caught.value) and "want" in str(caught.value)
-        assert before == (
-            [(n, id(m)) for n, m in model.named_modules()],
-            [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
-        )
+        assert parts(model) == before
 
 
 # ---------------------------------------------------------------- train_toy.py: the other methods, the commands
@@ -2538,7 +2522,6 @@ OTHERS = {
     "VeRA": (lambda base: train_toy.VeRA(base, 5, {}), lambda d1, d2: 5 + d1),
     "BOFT": (lambda base: train_toy.BOFT(base, 4, 2), lambda d1, d2: 2 * (d1 // 4) * 6),
 }
-others = pytest.mark.parametrize("name", OTHERS)
 
 
 def adapted(name, d1=16, d2=10, seed=0, kind="linear"):
@@ -2555,7 +2538,7 @@ def adapted(name, d1=16, d2=10, seed=0, kind="linear"):
 
 class TestTheOtherMethods:
     @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-    @others
+    @pytest.mark.parametrize("name", OTHERS)
     def test_they_start_at_W0_and_train_their_own_parameters_alone(self, name, kind):
         """As many as the formula says; W0 and the bias get no gradient. A Conv1D becomes an nn.Linear first."""
         W0, start, layer = adapted(name, kind=kind)
@@ -2566,7 +2549,7 @@ class TestTheOtherMethods:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
         assert all(p.grad is None for n, p in layer.named_parameters() if n not in trained)
 
-    @others
+    @pytest.mark.parametrize("name", OTHERS)
     def test_the_merged_weight_computes_what_the_layer_does(self, name):
         """x W^T + b with the method's own merged weight, which is not W0 any more."""
         W0, _, layer = adapted(name)
@@ -2607,9 +2590,8 @@ def untrained(monkeypatch, tmp_path):
 def base(hf, tmp_path):
     """Folders with a tiny GPT-2 (Conv1D layers) and a tiny Llama, each with a tokenizer, and a text: the arguments."""
     tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<unk>": 0, "to": 3, "be": 4, "or": 5, "not": 6}, "<unk>")
-    )
+    known = {"<unk>": 0, "to": 3, "be": 4, "or": 5, "not": 6}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     for kind in ("gpt2", "llama"):
         tiny(hf, kind)[0].save_pretrained(tmp_path / kind)
@@ -2624,40 +2606,31 @@ class TestTheTrainingScript:
         """With transformers' weights it computes transformers' logits; the default one has 842,496 parameters."""
         theirs = tiny(hf, "gpt2")[0]
         ours = train_toy.GPT2(train_toy.Config(50, 32, 2, 2, 16))
-        state = {
-            name.removeprefix("transformer."): t for name, t in theirs.state_dict().items() if "lm_head" not in name
-        }
-        ours.load_state_dict(
-            {
-                name: t.T if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else t
-                for name, t in state.items()
-            }
-        )
+        turned = tuple(f"{name}.weight" for name in train_toy.TARGETS)  # a Conv1D's
+        state = {name: t.T if name.endswith(turned) else t for name, t in theirs.transformer.state_dict().items()}
+        ours.load_state_dict(state)
         tokens = torch.randint(50, (2, 7))
         near(ours(tokens), theirs(tokens).logits, 1e-5)
         assert sum(p.numel() for p in train_toy.GPT2(train_toy.Config()).parameters()) == 842_496
 
-    def test_it_fine_tunes_and_says_what_it_did(self, untrained, tmp_path, capsys):
-        """The default command, a few steps of it: the loss falls, merged equals adapted, the adapter loads."""
-        assert train_toy.main(["--steps", "12", "--cache", str(untrained), "--save", str(tmp_path / "a.npz")]) == 0
+    METHODS = {"svft": "33,664", "lora": "65,536", "full": "842,496"}  # and what each trains
+
+    @pytest.mark.parametrize("method, trained", METHODS.items(), ids=METHODS)
+    def test_it_fine_tunes_and_says_what_it_did(self, untrained, method, trained, tmp_path, capsys):
+        """A few steps of the default command, or of --method lora or full: the loss falls. SVFT's merged model equals
+        the adapted one, and its adapter loads."""
+        save = ["--save", str(tmp_path / "a.npz")] if method == "svft" else ["--context", "32"]
+        assert train_toy.main(["--method", method, "--steps", "12", "--cache", str(untrained), *save]) == 0
         said = capsys.readouterr().out
         before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+) nats per byte", said).groups())
-        assert after < before - 0.05
-        assert re.search(r"trained +33,664 parameters, \d\.\d\d% of the model's", said), said
-        difference, largest = map(
-            float, re.search(r"merged - adapted +at most (\S+), of logits up to (\S+)", said).groups()
+        assert after < before - 0.05 and re.search(rf"trained +{trained} parameters, [\d.]+% of the model's", said), (
+            said
         )
-        assert difference < 1e-4 * largest
-        model = svft.load_adapter(train_toy.pretrained(untrained, CPU), tmp_path / "a.npz")
-        assert sum(m.m.count_nonzero() > 0 for m in model.modules() if isinstance(m, SVFTLinear)) == 16
-
-    @pytest.mark.parametrize("method, trained", [("lora", "65,536"), ("full", "842,496")], ids=["lora", "full"])
-    def test_another_method_trains_by_the_same_recipe(self, untrained, method, trained, capsys):
-        """--method: LoRA with r = 8, or all parameters; the loss falls."""
-        assert train_toy.main(["--method", method, "--steps", "12", "--context", "32", "--cache", str(untrained)]) == 0
-        said = capsys.readouterr().out
-        before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+)", said).groups())
-        assert after < before - 0.05 and re.search(rf"trained +{trained} parameters", said), said
+        if method == "svft":
+            found = re.search(r"merged - adapted +at most (\S+), of logits up to (\S+)", said)
+            assert float(found[1]) < 1e-4 * float(found[2])
+            model = svft.load_adapter(train_toy.pretrained(untrained, CPU), tmp_path / "a.npz")
+            assert sum(m.m.count_nonzero() > 0 for m in model.modules() if isinstance(m, SVFTLinear)) == 16
 
     def test_under_torchrun_two_processes_train_and_one_prints(self, untrained):
         """Data-parallel, from the command line, one step of it."""
@@ -2669,36 +2642,29 @@ class TestTheTrainingScript:
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("validation loss") == 1
 
-    @pytest.mark.parametrize(
-        "arguments, text",
-        [
-            (["--device", "mps"], "--device: got mps for 2 processes"),
-            (["--device", "cuda"], "--device: got cuda for 2 processes and 1 GPUs, want cpu, or a GPU for each"),
-            (["compare"], "runs in one process: start it with python"),
-        ],
-        ids=["mps", "cuda", "compare"],
-    )
-    def test_torchrun_refuses_what_cannot_work(self, arguments, text, monkeypatch, capsys):
+    def test_torchrun_refuses_what_cannot_work(self, monkeypatch, capsys):
         """More processes than GPUs, a device that is not shared so, a command that has no use for it: one line."""
         monkeypatch.setattr(train_toy, "WORLD", 2)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        assert train_toy.main(arguments) == 2 and text in capsys.readouterr().err
+        for arguments, text in {
+            "--device mps": "--device: got mps for 2 processes",
+            "--device cuda": "--device: got cuda for 2 processes and 1 GPUs, want cpu, or a GPU for each",
+            "compare": "runs in one process: start it with python",
+        }.items():
+            assert train_toy.main(arguments.split()) == 2 and text in capsys.readouterr().err
 
-    @pytest.mark.parametrize(
-        "damage",
-        [lambda b: b"", lambda b: b[:-500], lambda b: b[:20000] + b"x" * 99 + b[20099:]],
-        ids=["empty", "short", "altered"],
-    )
-    def test_a_damaged_cache_is_made_again(self, untrained, damage, monkeypatch):
-        """Short, empty or altered: noticed, and the model is trained anew."""
+    def test_a_damaged_cache_is_made_again(self, untrained, monkeypatch):
+        """Empty, short or altered: noticed, and the model is trained anew."""
         (file,) = untrained.glob("gpt2-*.npz")
-        file.write_bytes(damage(file.read_bytes()))
-        calls = []
+        whole, calls = file.read_bytes(), []
         monkeypatch.setattr(train_toy, "train", lambda *a, **k: calls.append(1))
-        train_toy.pretrained(untrained, CPU)
-        train_toy.pretrained(untrained, CPU)
-        assert len(calls) == 1 and list(untrained.iterdir()) == [file]
+        for damaged in (b"", whole[:-500], whole[:20000] + b"x" * 99 + whole[20099:]):
+            file.write_bytes(damaged)
+            calls.clear()
+            for _ in "twice":
+                train_toy.pretrained(untrained, CPU)
+            assert len(calls) == 1 and list(untrained.iterdir()) == [file]
 
     MISTAKES = [
         (["--data", "absent.txt"], "--data: cannot read 'absent.txt'"),
@@ -2744,10 +2710,8 @@ class TestTheTrainingScript:
     @pytest.mark.parametrize("kind, layers", [("gpt2", 8), ("llama", 14)])
     def test_a_saved_model_with_its_tokenizer_is_fine_tuned(self, base, kind, layers, tmp_path, capsys):
         """--base FOLDER: GPT-2's own targets, or all linear layers; its adapter loads into the model."""
-        file = tmp_path / "a.npz"
-        assert (
-            train_toy.main([*base[kind], "--context", "16", "--steps", "3", "--lr", "0.01", "--save", str(file)]) == 0
-        )
+        file, short = tmp_path / "a.npz", ["--context", "16", "--steps", "3", "--lr", "0.01"]
+        assert train_toy.main([*base[kind], *short, "--save", str(file)]) == 0
         assert "nats per token" in capsys.readouterr().out
         model, _ = train_toy.from_transformers(str(tmp_path / kind), CPU)
         assert svft.summary(svft.load_adapter(model, file)).count("custom") == layers
@@ -2829,14 +2793,14 @@ class TestTheTrainingScript:
 
     @pytest.mark.parametrize("options", [[], ["--amp"]], ids=["float32", "amp"])
     def test_bench_prints_steps_and_ratios(self, options, monkeypatch, capsys):
-        """On small shapes: each method's step; every path over the frozen linear, what auto took, the block's mean."""
+        """On small shapes: each method's step; every path over the frozen linear, what auto took, the worst cell."""
         monkeypatch.setattr(train_toy, "BLOCK", [(96, 32), (32, 32)])
         medians = train_toy.medians
         monkeypatch.setattr(train_toy, "medians", lambda calls, budget: medians(calls, 0))
         monkeypatch.setattr(train_toy, "WHOLE", train_toy.Config(64, 32, 1, 2, 32))
         assert train_toy.main(["bench", "--quick", "--context", "32", *options]) == 0
         said = capsys.readouterr().out
-        words = ("tokens/s", "| SVFT banded 16 ", "dense", "auto/best", "at worst", "auto/LoRA", torch.__version__)
+        words = ("tokens/s", "| SVFT banded 16 ", "dense", "auto/best", "at worst", torch.__version__)
         assert all(word in said for word in words)
         assert said.count("| full fine-tuning |") == 1 and said.count("| 96 x 32, 256, ") == 3
 
@@ -2862,10 +2826,8 @@ class TestDocuments:
         monkeypatch.chdir(tmp_path)
         first, second = code_blocks((HERE / "README.md").read_text(encoding="utf-8"), "python")
         config = tiny(hf, "gpt2")[0].config
-        for kind, model in (
-            ("CausalLM", hf.GPT2LMHeadModel),
-            ("SequenceClassification", hf.GPT2ForSequenceClassification),
-        ):
+        models = {"CausalLM": hf.GPT2LMHeadModel, "SequenceClassification": hf.GPT2ForSequenceClassification}
+        for kind, model in models.items():
             made = staticmethod(lambda name, model=model: (torch.manual_seed(0), model(config).eval())[1])
             monkeypatch.setattr(getattr(hf, f"AutoModelFor{kind}"), "from_pretrained", made)
         names = {"batches": list(torch.randint(3, 50, (3, 2, 8)))}
@@ -2880,11 +2842,9 @@ class TestDocuments:
         merged = type(names["model"]).from_pretrained(tmp_path / "merged")
         near(merged(names["ids"]).logits, names["model"](names["ids"]).logits, 1e-4)
         randomize(names["fresh"])
+        second = second.replace("...  #", "randomize(model)  #")
         with pytest.warns(UserWarning, match=r"\['score.weight'\] train too and are not in the file"):
-            exec(
-                compile(second.replace("...  #", "randomize(model)  #"), "README.md", "exec"),
-                names | {"randomize": randomize},
-            )
+            exec(compile(second, "README.md", "exec"), names | {"randomize": randomize})
         assert Path("head.pt").exists()
 
     def test_the_checks_in_the_notes_hold(self):
@@ -2912,9 +2872,8 @@ class TestDocuments:
         source = inspect.getsource(svft)
         imported = set(re.findall(r"^(?:from|import) (\w+)", source, flags=re.M)) - {"__future__"}
         assert imported - set(sys.stdlib_module_names) == {"torch", "numpy"}
-        assert set(svft.__all__) == {
-            n for n, v in vars(svft).items() if getattr(v, "__module__", 0) == "svft" and n[0] != "_"
-        }
+        public = {n for n, v in vars(svft).items() if getattr(v, "__module__", 0) == "svft" and n[0] != "_"}
+        assert set(svft.__all__) == public
         assert f"svft.py {svft.__version__}" in source.splitlines()[0] and "Apache-2.0" in source.splitlines()[1]
 
 
@@ -3033,11 +2992,8 @@ def run_in(folder, test):
         del sys.modules[name]
     os.environ["SVFT_PROFILE"] = "mutation"  # derandomised: the same verdict each time; no time for the smallest case
     torch.set_num_threads(1)
-    return int(
-        pytest.main(
-            ["-qx", "--assert=plain", "-p", "no:cacheprovider", "-m", "not mutation", "-k", test, "test_svft.py"]
-        )
-    )
+    options = ["-qx", "--assert=plain", "-p", "no:cacheprovider", "-m", "not mutation"]
+    return int(pytest.main([*options, "-k", test, "test_svft.py"]))
 
 
 @pytest.mark.mutation
