@@ -667,10 +667,6 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
 def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """name -> part -> array of an adapter file. All of it is checked, nothing in it is executed."""
     with open(path, "rb") as file:
-        head = file.read(4096)
-        if b"data.pkl" in head and b"svft 1" in head:  # torch.save's archive
-            raise ValueError(f"{path}: got a file of svft 0.1.0, want one of 0.2.0: merge with 0.1.0, or train again")
-        file.seek(0)
         try:
             arrays = dict(np.load(file, allow_pickle=False))  # zipfile checks each CRC
             if str(arrays.pop("format")) != FORMAT:

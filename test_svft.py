@@ -1601,7 +1601,7 @@ class TestAdapterFile:
             a, b = rng.standard_normal((16, 4)), rng.standard_normal((16, 6))
             near(file["4/probes"], [a[p] @ delta_by_double_loop(model[4]) @ b[p] for p in range(16)], 1e-5)
 
-    def test_a_file_of_another_process_and_an_earlier_commit_loads_and_one_of_0_1_0_says_what_it_is(self, tmp_path):
+    def test_a_file_of_an_earlier_commit_loads_with_any_seed_and_number_of_threads(self, tmp_path):
         """The basis is computed again from W0, not drawn: the seed and the number of threads here do not matter. The
         probes' seed and the names of the arrays are part of the format. The 16 probes tell all 12 entries of Delta W
         as they were there."""
@@ -1620,9 +1620,6 @@ class TestAdapterFile:
             torch.set_num_threads(before)
             assert torch.equal(loaded.m, torch.arange(1.0, 8.0)) and torch.equal(loaded.omega, omega_banded(3, 3, 1))
             near(loaded.delta_weight(), want, 1e-5)
-        torch.save({"format": "svft 1", "layers": {}, "sha256": ""}, tmp_path / "older.pt")
-        with pytest.raises(ValueError, match="older.pt: got a file of svft 0.1.0, want one of 0.2.0"):
-            svft.load_adapter(base, tmp_path / "older.pt")
 
     def test_training_resumes_where_it_stopped(self, tmp_path):
         """Stop, save, load, go on: the same numbers as without the stop, with the optimiser's own state_dict."""
