@@ -1,18 +1,22 @@
 """Fine-tune GPT-2 with SVFT, set SVFT against other methods, and time it.
 
+To copy: `train` and `loss_of`; `finetune` is the recipe around them, in order.
+
     python train_toy.py
         No download, no GPU. Pre-trains a small GPT-2 (842,496 parameters, bytes as tokens) on the source of Python's
         standard library, keeps it in .svft_cache, and fine-tunes it with SVFT on the prose of Python's language
         reference. The loss on held-out prose falls by about 0.29 nats per byte with 4% of the parameters. It prints
-        the loss, the speed, how far the merged model is from the adapted one, and samples. Three minutes, then one.
+        the loss, the speed, how far the merged model is from the adapted one, and samples. The first time it takes
+        three minutes, then one.
     python train_toy.py --base gpt2 --data my.txt --save adapter.npz
         The same with a pretrained model (any causal one of transformers, by name or folder), its tokenizer and your
-        text, on a GPU if there is one. README loads the adapter again. --method lora or full trains another method.
+        text, on a GPU if there is one. svft.load_adapter loads the file. --method lora or full trains another method.
     torchrun --nproc_per_node=4 train_toy.py --base gpt2
         The same on four GPUs, data-parallel; with --device cpu in four processes.
     python train_toy.py compare
-        Figure 1 of the paper on the small model: full fine-tuning, LoRA, DoRA, VeRA, BOFT and four kinds of SVFT, and
-        three studies. Prints tables and the figure as text. 35 min; stop it at any time, it goes on from there.
+        Figure 1 of the paper on the small model: full fine-tuning, LoRA, DoRA, VeRA, BOFT and four kinds of SVFT; then
+        two studies, of a truncated SVD and of other choices of Omega. Prints tables and the figure as text. COMPAREMIN
+        min; stop it at any time, the same command goes on from there; with --minutes 0 it draws what is there.
     python train_toy.py compare --base gpt2
         The same figure on a pretrained model: about 100 runs, for a GPU. Started several times with one --out, the
         processes share the runs. --quick: 7 methods, 20 steps each, up to 45 min without a GPU.
@@ -21,7 +25,7 @@
         path of svft.py costs on single layers. Two minutes; --quick: one.
 
 Times without a GPU are for 2 CPU cores (x86-64) and torch 2.13. --help after a command lists its options.
-`finetune` is the recipe to copy, `train` its loop. In comments on shapes, B sequences have T tokens each.
+In comments on shapes, B sequences have T tokens each.
 """
 
 from __future__ import annotations
@@ -663,7 +667,8 @@ def entries(text: str) -> list[Entry]:
     return [Entry(method, tuple(map(int, filter(None, size.split(","))))) for method, sizes in rows for size in sizes]
 
 
-# The most telling rows first: --quick takes eight. Bands have as many entries as LoRA r = 1, 2, 4, 8, within 5%.
+# The most telling rows first: --quick takes eight, the base model and 7 methods. Bands have as many entries as LoRA
+# r = 1, 2, 4, 8, within 5%.
 SMALL = entries(
     "base; full; LoRA 1 4; VeRA 256; plain; banded 1,2 8,8; LoRA 2 8; banded 3,4 16,16; random 1,2 3,4 8,8 16,16; "
     "top-k 1,2 3,4 8,8; DoRA 1 2 4; VeRA 16; BOFT 2,2 4,3 8,4"
@@ -674,10 +679,7 @@ LARGE = entries(
 )
 STUDIES = {
     f"Truncation, {ENTRIES} random entries in each M": entries("kept 8 32 96 128; cut 8 32 96"),
-    "Random, the diagonal always held or not": entries("random 1,2 3,4 8,8; diagonal 1,2 3,4 8,8"),
-    "Omega chosen by the gradient at the start, against the paper's four": entries(
-        "plain; banded 1,2 3,4 8,8; random 1,2 3,4 8,8; top-k 1,2 3,4 8,8; gradient 1,2 3,4 8,8"
-    ),
+    "Other choices of Omega, of the sizes above": entries("diagonal 1,2 3,4 8,8; gradient 1,2 3,4 8,8"),
 }
 
 
@@ -1130,13 +1132,24 @@ def add_options(parser: Parser, command: str) -> None:
     add(both, "targets", type=names, help=f"all-linear, or a list ({','.join(TARGETS)}, if the model has them)")
     add("finetune", "method", default="svft", choices=["svft", "lora", "full"], help="(svft)")
     add("finetune", "pattern", choices=["plain", "banded", "random", "top_k"], help="where M is not zero (banded)")
-    add("finetune", "d", type=number(int, 0), help="half-width of the band, or as many entries; or LoRA's r (8)")
+    add(
+        "finetune",
+        "d",
+        type=number(int, 0),
+        help="half-width of the band, or as many entries as it has; or LoRA's r (8)",
+    )
     add("finetune", "lr", type=number(float, 1e-9), help="peak learning rate (by method and size)")
     add("finetune", "seed", type=number(int, 0), default=0, help="of pre-training, random entries and batches (0)")
     add("finetune", "save", metavar="FILE.npz", type=Path, help="where to write SVFT's adapter")
-    add("compare", "quick", action=flag, help="7 rows, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
-    add("compare", "seeds", type=count, help="(3)")
-    add("compare", "minutes", type=number(float, 0), default=1e9, help="start no run later; draw what is there")
+    add("compare", "quick", action=flag, help="7 methods, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
+    add("compare", "seeds", type=count, help="runs at the best learning rate (3; --quick: 1)")
+    add(
+        "compare",
+        "minutes",
+        type=number(float, 0),
+        default=1e9,
+        help="start no run later; draw what is there (no limit)",
+    )
     add("compare", "out", type=Path, default=Path("results"), help="folder of runs and tables, can be shared (results)")
     add("bench", "quick", action=flag, help="fewer rounds, one length")
     add("bench", "peft", action=flag, help="time the LoRA of the peft package too")
@@ -1150,7 +1163,7 @@ def add_options(parser: Parser, command: str) -> None:
     yes_or_no = argparse.BooleanOptionalAction
     add(every, "amp", action=yes_or_no, help="bfloat16 autocast (on: a GPU with --base; bench: off)")
     add("finetune bench", "compile", action=flag, help="torch.compile")
-    add(both, "cache", type=Path, default=CACHE, help=f"folder for what is slow to make ({CACHE.name})")
+    add(both, "cache", type=Path, default=CACHE, help=f"folder for the pre-trained model and the SVDs ({CACHE.name})")
 
 
 COMMANDS = {"finetune": finetune, "compare": compare, "bench": bench}
