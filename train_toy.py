@@ -15,8 +15,8 @@ To copy: `train` and `loss_of`; `finetune` is the recipe around them, in order.
         The same on four GPUs, data-parallel; with --device cpu in four processes.
     python train_toy.py compare
         Figure 1 of the paper on the small model: full fine-tuning, LoRA, DoRA, VeRA, BOFT and four kinds of SVFT; then
-        two studies, of a truncated SVD and of other choices of Omega. Prints tables and the figure as text. COMPAREMIN
-        min; stop it at any time, the same command goes on from there; with --minutes 0 it draws what is there.
+        two studies, of a truncated SVD and of other choices of Omega. Prints tables and the figure as text. 45 min;
+        stop it at any time, the same command goes on from there; with --minutes 0 it draws what is there.
     python train_toy.py compare --base gpt2
         The same figure on a pretrained model: about 100 runs, for a GPU. Started several times with one --out, the
         processes share the runs. --quick: 7 methods, 20 steps each, up to 45 min without a GPU.
