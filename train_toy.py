@@ -1132,34 +1132,22 @@ def add_options(parser: Parser, command: str) -> None:
     add(both, "targets", type=names, help=f"all-linear, or a list ({','.join(TARGETS)}, if the model has them)")
     add("finetune", "method", default="svft", choices=["svft", "lora", "full"], help="(svft)")
     add("finetune", "pattern", choices=["plain", "banded", "random", "top_k"], help="where M is not zero (banded)")
-    add(
-        "finetune",
-        "d",
-        type=number(int, 0),
-        help="half-width of the band, or as many entries as it has; or LoRA's r (8)",
-    )
+    add("finetune", "d", type=number(int, 0), help="half-width of the band; of random, top_k its size; LoRA's r (8)")
     add("finetune", "lr", type=number(float, 1e-9), help="peak learning rate (by method and size)")
     add("finetune", "seed", type=number(int, 0), default=0, help="of pre-training, random entries and batches (0)")
     add("finetune", "save", metavar="FILE.npz", type=Path, help="where to write SVFT's adapter")
     add("compare", "quick", action=flag, help="7 methods, 1 learning rate, 1 seed; with --base 20 steps of 4 x 256")
     add("compare", "seeds", type=count, help="runs at the best learning rate (3; --quick: 1)")
-    add(
-        "compare",
-        "minutes",
-        type=number(float, 0),
-        default=1e9,
-        help="start no run later; draw what is there (no limit)",
-    )
+    add("compare", "minutes", type=number(float, 0), default=1e9, help="start no run later, and draw what is there")
     add("compare", "out", type=Path, default=Path("results"), help="folder of runs and tables, can be shared (results)")
     add("bench", "quick", action=flag, help="fewer rounds, one length")
     add("bench", "peft", action=flag, help="time the LoRA of the peft package too")
     add("bench", "dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
-    add("finetune", "steps", type=count, default=300, help="of training (300)")
-    add("compare", "steps", type=count, help="of training in each run (120)")
-    add("finetune", "batch", type=count, default=8, help="sequences in a step, all processes together (8)")
-    add("finetune", "context", type=count, default=128, help="tokens in a sequence (128)")
-    add("compare bench", "batch", type=count, help="sequences in a step (8; bench on a CPU: 1)")
-    add("compare bench", "context", type=count, help="tokens in a sequence (128; --base 256; bench 1024, a CPU 256)")
+    add(both, "steps", type=count, help="of training (300; compare: 120)")
+    add(every, "batch", type=count, help="sequences in a step (8; compare --base --quick 4; bench on a CPU 1)")
+    add(every, "context", type=count, help="tokens in a sequence (128; compare --base 256; bench 1024, on a CPU 256)")
+    if command == "finetune":
+        parser.set_defaults(steps=300, batch=8, context=128)
     yes_or_no = argparse.BooleanOptionalAction
     add(every, "amp", action=yes_or_no, help="bfloat16 autocast (on: a GPU with --base; bench: off)")
     add("finetune bench", "compile", action=flag, help="torch.compile")
