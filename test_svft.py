@@ -2235,7 +2235,9 @@ class TestTheTrainingScript:
 
     MISTAKES = [
         (["--data", "absent.txt"], "--data: cannot read 'absent.txt'"),
-        (["--data", "short.txt"], "too little text"),
+        (["--data", "short.txt"], "--data short.txt: too little text: got 12 bytes"),
+        (["--data", "empty.txt"], "--data empty.txt: too little text: got 0 bytes"),
+        (["--targets", ""], "target_modules: got [], want at least one name"),
         (["--steps", "0"], "--steps: got 0"),
         (["--lr", "nan"], "--lr: got nan"),
         (["--pattern", "diagonal"], "invalid choice: 'diagonal'"),
@@ -2259,11 +2261,17 @@ class TestTheTrainingScript:
         """Exit code 2 and one line that names the option; no traceback, nothing trained."""
         monkeypatch.chdir(tmp_path)
         Path("short.txt").write_text("a short text")
+        Path("empty.txt").write_text("")
         monkeypatch.setattr(train_toy, "train", None)
         cache = [] if arguments[0] == "bench" else ["--cache", str(untrained)]
         assert train_toy.main([*arguments, *cache]) == 2
         error = capsys.readouterr().err
         assert text in error and len(error.strip().splitlines()) == 1
+
+    def test_a_run_that_diverges_gets_one_line(self, untrained, capsys):
+        """The loss is no number any more, and nothing can be drawn from such a model."""
+        assert train_toy.main(["--steps", "4", "--context", "1", "--lr", "1e30", "--cache", str(untrained)]) == 2
+        assert "--lr: got 1e+30, want a smaller one: the loss became nan" in capsys.readouterr().err
 
     def test_ctrl_c_is_one_line_and_130(self, monkeypatch, capsys):
         """The shell's own code for it."""

@@ -22,7 +22,7 @@ To copy: `train` and `loss_of`; `finetune` is the recipe around them, in order.
         processes share the runs. --quick: 7 methods, 20 steps each, up to 45 min without a GPU.
     python train_toy.py bench
         What a training step of GPT-2 costs with each method: time, tokens per second, memory of a GPU; then what each
-        path of svft.py costs on single layers. Two minutes; --quick: one.
+        path of svft.py costs on single layers. Two minutes in float32; --quick: one.
 
 Times without a GPU are for 2 CPU cores (x86-64) and torch 2.13. --help after a command lists its options.
 In comments on shapes, B sequences have T tokens each.
@@ -77,6 +77,7 @@ def finetune(args: argparse.Namespace) -> None:
         if args.method == "svft":  # freezes all but the m's
             svft.inject(model, args.targets, args.pattern, args.d, seed=args.seed, cache_dir=args.cache)
         elif args.method == "lora":
+            torch.manual_seed(args.seed)  # of A
             replace(model, args.targets, lambda layer: LoRA(layer, r))
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]  # of SVFT: k, the entries in each M
     lr = args.lr or usual_lr(args.method, r if args.method == "lora" else statistics.mean(sizes), bool(args.base))
@@ -87,16 +88,18 @@ def finetune(args: argparse.Namespace) -> None:
 
     seconds = train(parallel(model, args), task, args.steps, lr, args.seed, "fine-tuning")
     rate, memory = args.steps / seconds, peak_memory(task.device)
-    after, text_after = evaluate(model, task.val, task), sample(model, codec, task, args.seed)
+    after = evaluate(model, task.val, task)
     if not math.isfinite(after):
         raise UserError(f"--lr: got {lr:.3g}, want a smaller one: the loss became {after}")
+    text_after = sample(model, codec, task, args.seed)
     say(f"validation loss   {before:.3f} -> {after:.3f} nats per {codec.unit} ({after - before:+.3f})")
     say(f"speed             {rate:.1f} steps/s, {rate * task.batch * task.context:,.0f} {codec.unit}s/s")
     if memory:
         say(f"peak memory       {memory:.2f} GiB")
 
     if args.save and RANK == 0:
-        svft.save_adapter(model, args.save)
+        with refusals():
+            svft.save_adapter(model, args.save)
     if args.method == "svft":
         window = task.val[None, : task.context].to(task.device)
         adapted = logits_of(model, window)
@@ -162,7 +165,7 @@ def evaluate(model: nn.Module, tokens: Tensor, task: Task) -> float:
 def sample(model: nn.Module, codec: Codec, task: Task, seed: int) -> str:
     """The beginning of the validation text, and how the model goes on from there at temperature 0.8."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = task.val[None, : min(64, task.context // 2)].to(task.device)  # (1, T)
+    tokens = task.val[None, : min(64, (task.context + 1) // 2)].to(task.device)  # (1, T)
     for _ in range(codec.sample):
         last = logits_of(model, tokens[:, -task.context :])[0, -1].float().cpu()  # (vocabulary,)
         drawn = torch.multinomial((last / 0.8).softmax(-1), 1, generator=generator)
@@ -269,7 +272,7 @@ class Codec(NamedTuple):
 
 
 BYTES = Codec(
-    encode=lambda text: torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8).long(),
+    encode=lambda text: torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64)),
     decode=lambda tokens: bytes(tokens).decode(errors="replace"),
     unit="byte",
     sample=150,
@@ -324,7 +327,7 @@ def make_task(text: str, source: str, codec: Codec, context: int, batch: int, **
 
 
 def check_method(args: argparse.Namespace) -> str:
-    """The method's name; an option that it would ignore, or that cannot work, is refused."""
+    """The method's name; an option that the method would ignore, or that cannot work, is refused."""
     useless = {"full": ["targets", "d", "pattern", "save"], "lora": ["pattern", "save"], "svft": []}[args.method]
     for name in useless:
         if getattr(args, name) is not None:
@@ -334,10 +337,11 @@ def check_method(args: argparse.Namespace) -> str:
         raise UserError("--d: got 0, want LoRA's r, at least 1")
     if args.batch % WORLD:
         raise UserError(f"--batch: got {args.batch}, want a multiple of the {WORLD} processes")
-    if args.save and (args.save.is_dir() or not args.save.resolve().parent.is_dir()):
-        raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that exists")
+    folder = (args.save or Path("x")).resolve().parent
+    if args.save and (args.save.exists() > args.save.is_file() or not os.access(folder, os.W_OK)):
+        raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that can be written")
     if args.method == "svft" and not args.base:  # a rehearsal, on a model that is not trained yet
-        svft.inject(GPT2(Config()), args.targets or TARGETS, args.pattern, args.d)
+        svft.inject(GPT2(Config()), TARGETS if args.targets is None else args.targets, args.pattern, args.d)
     size = f"d = {args.d}" if args.pattern != "plain" else "the diagonal"
     return {"full": "full", "lora": f"LoRA, r = {args.d}", "svft": f"SVFT, {args.pattern}, {size}"}[args.method]
 
@@ -352,17 +356,19 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Codec, Task]:
         raise UserError(f"--cache: got {str(args.cache)!r}, want a folder")
     model, codec = from_transformers(args.base, args.device) if args.base else (GPT2(Config()), BYTES)
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    args.targets = args.targets or (TARGETS if leaves.issuperset(TARGETS) else "all-linear")
+    if args.targets is None:
+        args.targets = TARGETS if leaves.issuperset(TARGETS) else "all-linear"
     svft._find_targets(model, args.targets)
     most = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "context", args.context)
     if args.context > most:
         raise UserError(f"--context: got {args.context}, want at most the model's {most}")
     amp = args.device.type == "cuda" and bool(args.base) if args.amp is None else args.amp
-    source = args.data or "pydoc_data.topics"
+    source = f"--data {args.data}" if args.data else "pydoc_data.topics"
     task = make_task(text, source, codec, args.context, args.batch, device=args.device, amp=amp)
     if not args.base:
         return pretrained(args.cache, args.device, args.seed), codec, task
-    if int(task.train.max()) >= (known := model.get_input_embeddings().num_embeddings):
+    largest = max(int(part.max()) for part in (task.train, task.val, task.test))
+    if largest >= (known := model.get_input_embeddings().num_embeddings):
         raise UserError(f"--base: got a tokenizer that knows more than the {known:,} tokens of its model")
     return model, codec, task
 
@@ -380,7 +386,7 @@ def pretrained(cache: Path, device: torch.device, seed: int = 0, steps: int = 12
         with np.load(file) as arrays:  # executes nothing, and checks each array's CRC
             model.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays.files})
         return model
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # whatever numpy makes of a short or foreign file
         say(f"{file} is damaged and will be made again ({error})")
@@ -864,7 +870,7 @@ def points_of(study: Study) -> dict[Entry, Point]:
             found[entry] = Point(entry, int(tried[lr]["trained"]), f"{lr:.2g}{star}", test, [])
     start, goal = (statistics.mean(found[e].test) if (e := Entry(m)) in found else math.nan for m in ("base", "full"))
     if not goal < start:
-        raise UserError("--steps, --minutes: got too few, want a full fine-tuning that gains something to compare with")
+        raise UserError("--steps, --minutes: got too few, want a full fine-tuning that gains on the test split")
     for point in found.values():
         point.recovered.extend(100 * (start - loss) / (start - goal) for loss in point.test)
     return found
@@ -872,8 +878,8 @@ def points_of(study: Study) -> dict[Entry, Point]:
 
 def table(points: list[Point], total: int, unit: str) -> str:
     def spread(values: list[float], digits: int) -> str:
-        deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{deviation}"
+        deviation = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{deviation}"
 
     rows = [["method, size", "trained", "% of model", "lr", f"test loss, nats/{unit}", "recovered, %"]]
     for entry, n, lr, test, recovered in points:
@@ -944,12 +950,15 @@ def compare(args: argparse.Namespace) -> None:
     tables = {}
     for title, rows in studies.items():
         tables[title] = table([point for point in points.values() if point.entry in rows], total, codec.unit)
-    drawn = [point for point in points.values() if point.entry in figure and point.entry.method in STYLES]
-    size = f"{args.seeds} seeds, {args.steps} steps of {task.batch} x {task.context} {codec.unit}s"
+    finite = [point for point in points.values() if np.isfinite(point.recovered).all()]
+    drawn = [point for point in finite if point.entry in figure and point.entry.method in STYLES]
+    size = f"up to {args.seeds} seeds, {args.steps} steps of {task.batch} x {task.context} {codec.unit}s"
     text = [f"{args.base or 'The small GPT-2'}, {size}, {machine(task.device, task.amp)}."]
     text += [tables.pop(""), TABLE_NOTES, *([f"```text\n{text_plot(drawn)}\n```"] if drawn else [])]
     text += [f"## {title}\n\n{rows}" for title, rows in tables.items()]
-    stem = str(args.out / "-".join(["compare", *[Path(args.base or "").name] * large, *["quick"] * args.quick]))
+    stem = str(
+        args.out / "-".join(["compare", *[Path(args.base or "").resolve().name] * large, *["quick"] * args.quick])
+    )
     Path(f"{stem}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     say("\n" + "\n\n".join(text) + f"\n\ntable: {stem}.md\n{plot(drawn, stem)}")
 
@@ -969,7 +978,8 @@ def bench(args: argparse.Namespace) -> None:
     args.peft, args.amp = need("peft", "--peft") if args.peft else None, bool(args.amp)
     args.batch = args.batch or (8 if gpu else 1)
     args.context = args.context or (1024 if gpu else 256)
-    config = WHOLE if gpu else dataclasses.replace(WHOLE, layers=4)
+    longest = max(WHOLE.context, args.context)
+    config = dataclasses.replace(WHOLE, context=longest, layers=WHOLE.layers if gpu else min(4, WHOLE.layers))
     say(machine(args.device, args.amp, args.dtype))
     args.dtype = getattr(torch, args.dtype)
     size = f"{config.layers} of its {WHOLE.layers} blocks, random weights, {args.batch} x {args.context} tokens"
@@ -1124,7 +1134,11 @@ def add_options(parser: Parser, command: str) -> None:
         if command in commands:
             parser.add_argument(f"--{name}", **options)
 
-    count, flag, names = number(int, 1), "store_true", lambda s: s if s == "all-linear" else s.split(",")
+    count, flag, names = (
+        number(int, 1),
+        "store_true",
+        lambda s: s if s == "all-linear" else list(filter(None, s.split(","))),
+    )
     both, every = "finetune compare", "finetune compare bench"
     add(every, "device", default="auto", help="auto (cuda, mps or cpu), or a name such as cuda:1")
     add(both, "base", metavar="NAME_OR_FOLDER", help="a causal language model of transformers, as gpt2")
