@@ -337,9 +337,10 @@ def check_method(args: argparse.Namespace) -> str:
         raise UserError("--d: got 0, want LoRA's r, at least 1")
     if args.batch % WORLD:
         raise UserError(f"--batch: got {args.batch}, want a multiple of the {WORLD} processes")
-    folder = (args.save or Path("x")).resolve().parent
-    if args.save and (args.save.exists() > args.save.is_file() or not os.access(folder, os.W_OK)):
-        raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that can be written")
+    if args.save:
+        special = args.save.exists() and not args.save.is_file()
+        if special or not os.access(args.save.resolve().parent, os.W_OK):
+            raise UserError(f"--save: got {str(args.save)!r}, want a file in a folder that can be written")
     if args.method == "svft" and not args.base:  # a rehearsal, on a model that is not trained yet
         svft.inject(GPT2(Config()), TARGETS if args.targets is None else args.targets, args.pattern, args.d)
     size = f"d = {args.d}" if args.pattern != "plain" else "the diagonal"
