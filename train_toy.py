@@ -93,9 +93,8 @@ def finetune(args: argparse.Namespace) -> None:
         raise UserError(f"--lr: got {lr:.3g}, want a smaller one: the loss became {after}")
     text_after = sample(model, codec, task, args.seed)
     say(f"validation loss   {before:.3f} -> {after:.3f} nats per {codec.unit} ({after - before:+.3f})")
-    say(f"speed             {rate:.1f} steps/s, {rate * task.batch * task.context:,.0f} {codec.unit}s/s")
-    if memory:
-        say(f"peak memory       {memory:.2f} GiB")
+    peak = f", peak memory {memory:.2f} GiB" if memory else ""
+    say(f"speed             {rate:.1f} steps/s, {rate * task.batch * task.context:,.0f} {codec.unit}s/s{peak}")
 
     if args.save and RANK == 0:
         with refusals():
