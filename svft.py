@@ -801,14 +801,15 @@ def _write(path: Path, content: bytes) -> None:
 def _make_omega(pattern: Pattern, svd: SVD, d: int, k: int | None, seed: int) -> Tensor:
     """The omega that SVFTLinear's arguments name."""
     r1, r2 = svd.U.shape[1], len(svd.Vh)
-    band = omega_banded(r1, r2, d)
+    _check_int("d", d, 0, 2**62)  # also where it is not used
     name = pattern if isinstance(pattern, str) else None
     if k is not None and name not in ("random", "top_k"):
         raise ValueError(f"k: got {k} with pattern {pattern!r}, want k only with 'random' and 'top_k'")
-    k = band.shape[1] if k is None else k  # R_d and T_d have as many entries as the band of d
+    if k is None and name in ("random", "top_k"):  # R_d and T_d have as many entries as the band of d
+        k = omega_banded(r1, r2, d).shape[1]
     makers = {
         "plain": lambda: omega_plain(r1, r2),
-        "banded": lambda: band,
+        "banded": lambda: omega_banded(r1, r2, d),
         "random": lambda: omega_random(r1, r2, k, seed=seed),
         "top_k": lambda: omega_top_k(svd.U, svd.Vh, k),
     }
@@ -833,10 +834,11 @@ def _cheapest_path(layer: SVFTLinear, x: Tensor) -> str:
     one, two = (2, 3) if torch.is_grad_enabled() else (1, 1)  # runs of a product if one factor depends, if two do
     dense = two * tokens * d1 * d2 + one * d2 * (r1 * d1 + column)
     fused = one * tokens * (r1 * d1 + r2 * d2) + two * tokens * column
-    # An empty product has the dtype in which products run here: autocast's, or the layer's own.
-    half = torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF
-    if layer.weight is not None and (half or len(layer.S) < min(d1, d2)):  # fused would round W0 (D14), or cut it (D8)
-        return "dense" if dense < fused + one * tokens * d1 * d2 else "gather"
+    if layer.weight is not None:
+        # An empty product has the dtype in which products run here: autocast's, or the layer's own.
+        half = torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF
+        if half or len(layer.S) < min(d1, d2):  # fused would round W0 (D14), or cut it (D8)
+            return "dense" if dense < fused + one * tokens * d1 * d2 else "gather"
     return "dense" if dense < fused else "fused"
 
 

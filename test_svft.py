@@ -1274,9 +1274,8 @@ FSDP_ON_THE_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  #
 HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="a fork is safe on Linux alone")
-START = (
-    "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
-)  # autograd's GPU threads bar it
+# autograd's threads for a GPU bar a fork
+START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
 # work(0, *args), work(1, *args), ... at once, each in a process of its own; raises if one of them does
 in_processes = torch.multiprocessing.start_processes
 
@@ -1436,11 +1435,6 @@ def damaged(content, flips):
         yield content[:length]
 
 
-def npz(arrays):
-    np.savez(buffer := io.BytesIO(), **arrays)
-    return buffer.getvalue()
-
-
 class TestSVDCache:
     def test_a_second_call_computes_nothing_and_whatever_changes_the_result_changes_the_file(self, tmp_path, svd_calls):
         """Bytes, shape, dtype, rank and full_matrices each have a file of their own, which numpy opens; a hit
@@ -1476,7 +1470,9 @@ class TestSVDCache:
             "of another weight": compute_svd(torch.randn(6, 4)),
             "a vector for a matrix": svd._replace(U=svd.U[:, 0]),
         }
-        contents = {name: npz({n: t.numpy() for n, t in other._asdict().items()}) for name, other in factors.items()}
+        contents = {
+            name: svft._npz({n: t.numpy() for n, t in other._asdict().items()}) for name, other in factors.items()
+        }
         contents |= {f"damage {number}": content for number, content in enumerate(damaged(whole, 200))}
         contents |= {"foreign": b"not a zip file" * 99, "one byte more": whole + b"x"}
         contents["a pickle"] = pickle.dumps(MakeFile(tmp_path / "owned"))
@@ -1861,7 +1857,9 @@ def forged(path, base):
     foreign |= {"a zip of something else": archive.getvalue(), "a state_dict": state.getvalue()}
     foreign |= {"a pickle in a zip": pickled.getvalue(), "one array": array.getvalue()}
     arrays = {name: {**good, **change} for name, change in changes.items()}
-    return foreign | {name: npz({n: a for n, a in those.items() if a is not None}) for name, those in arrays.items()}
+    return foreign | {
+        name: svft._npz({n: a for n, a in those.items() if a is not None}) for name, those in arrays.items()
+    }
 
 
 class TestDamagedAdapterFiles:
@@ -2191,9 +2189,8 @@ class TestTheTrainingScript:
         assert train_toy.main(["--method", method, "--steps", "12", "--cache", str(untrained), *save]) == 0
         said = capsys.readouterr().out
         before, after = map(float, re.search(r"validation loss +([\d.]+) -> ([\d.]+) nats per byte", said).groups())
-        assert after < before - 0.05 and re.search(rf"trained +{trained} parameters, [\d.]+% of the model's", said), (
-            said
-        )
+        assert after < before - 0.05
+        assert re.search(rf"trained +{trained} parameters, [\d.]+% of the model's", said), said
         if method == "svft":
             found = re.search(r"merged - adapted +at most (\S+), of logits up to (\S+)", said)
             assert float(found[1]) < 1e-4 * float(found[2])
@@ -2226,8 +2223,8 @@ class TestTheTrainingScript:
         (file,) = untrained.glob("gpt2-*.npz")
         whole, calls = file.read_bytes(), []
         monkeypatch.setattr(train_toy, "train", lambda *a, **k: calls.append(1))
-        for damaged in (b"", whole[:-500], whole[:20000] + b"x" * 99 + whole[20099:]):
-            file.write_bytes(damaged)
+        for content in (b"", whole[:-500], whole[:20000] + b"x" * 99 + whole[20099:]):
+            file.write_bytes(content)
             calls.clear()
             for _ in "twice":
                 train_toy.pretrained(untrained, CPU)
@@ -2478,7 +2475,7 @@ MUTATIONS = [
     ('flat = np.sort(random', 'flat = np.array(random', 'random_draws_k_distinct'),
     ('alignment = (_exact(U).T @ _exact(Vh).T).abs()', 'alignment = (_exact(U).T @ _exact(Vh).T)', 'top_k_takes_the_largest'),
     ('alignment = (_exact(U).T @ _exact(Vh).T).abs()', 'alignment = (_exact(U) @ _exact(Vh)).abs()', 'top_k_takes_the_largest'),
-    ('k = band.shape[1] if k is None else k', 'k = d if k is None else k', 'as_many_entries_as_the_band'),
+    ('k = omega_banded(r1, r2, d).shape[1]', 'k = d', 'as_many_entries_as_the_band'),
     ('queue += [row_of[column] for column in new]', 'queue += []', 'term_rank_is_the_largest'),
     ('row_of[free] = row\n', 'row_of[free] = start\n', 'term_rank_is_the_largest'),
     ('return min(_check_omega(omega, d1, d2).shape[1], d1, d2)', 'return min(d1, d2)', 'rank_is_at_most_term_rank'),
@@ -2504,8 +2501,8 @@ MUTATIONS = [
     ('else r1 * r2\n', 'else 12 * len(layer.m)\n', 'an_H200_recorded'),
     ('tokens = 2048 if torch.compiler.is_compiling() else', 'tokens =', 'a_whole_model_compiles'),
     ('half = torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF', 'half = layer.U.dtype in HALF', 'auto_knows'),
-    ('(half or len(layer.S) < min(d1, d2))', 'half', 'auto_knows'),
-    ('(half or len(layer.S) < min(d1, d2))', '(half or len(layer.S) < min(r1, d2))', 'auto_knows'),
+    ('if half or len(layer.S) < min(d1, d2):', 'if half:', 'auto_knows'),
+    ('if half or len(layer.S) < min(d1, d2):', 'if half or len(layer.S) < min(r1, d2):', 'auto_knows'),
     ('n = min(self.out_features, self.in_features)', 'n = min(self.U.shape[1], self.in_features)', 'refused_by_name'),
     # -- merge, inject, disabled
     ('W = (W0 + delta).to(self.U.dtype)', 'W = W0.to(self.U.dtype) + delta.to(self.U.dtype)', 'merge_rounds_once'),

@@ -956,9 +956,8 @@ def compare(args: argparse.Namespace) -> None:
     text = [f"{args.base or 'The small GPT-2'}, {size}, {machine(task.device, task.amp)}."]
     text += [tables.pop(""), TABLE_NOTES, *([f"```text\n{text_plot(drawn)}\n```"] if drawn else [])]
     text += [f"## {title}\n\n{rows}" for title, rows in tables.items()]
-    stem = str(
-        args.out / "-".join(["compare", *[Path(args.base or "").resolve().name] * large, *["quick"] * args.quick])
-    )
+    names = ["compare", *[Path(args.base or "").resolve().name] * large, *["quick"] * args.quick]
+    stem = str(args.out / "-".join(names))
     Path(f"{stem}.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     say("\n" + "\n\n".join(text) + f"\n\ntable: {stem}.md\n{plot(drawn, stem)}")
 
@@ -1134,11 +1133,10 @@ def add_options(parser: Parser, command: str) -> None:
         if command in commands:
             parser.add_argument(f"--{name}", **options)
 
-    count, flag, names = (
-        number(int, 1),
-        "store_true",
-        lambda s: s if s == "all-linear" else list(filter(None, s.split(","))),
-    )
+    def names(text: str) -> Targets:
+        return text if text == "all-linear" else [name for name in text.split(",") if name]
+
+    count, flag = number(int, 1), "store_true"
     both, every = "finetune compare", "finetune compare bench"
     add(every, "device", default="auto", help="auto (cuda, mps or cpu), or a name such as cuda:1")
     add(both, "base", metavar="NAME_OR_FOLDER", help="a causal language model of transformers, as gpt2")
