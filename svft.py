@@ -282,10 +282,9 @@ class SVFTLinear(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
-        paths = _paths(self)
         got = f"{path!r} with keep_weight={self.weight is not None} and rank {len(self.S)}"
-        _require(paths, "path", got, "W0 kept: without it the layer would cut W0 to that rank (D8)")
-        _require(path in ["auto", *paths], "path", got, f"one of {['auto', *paths]}; rank cuts the update alone (D8)")
+        want = f"one of {_paths(self)}; without W0, or fused, the layer would cut W0 to its rank (D8)"
+        _require(path in _paths(self), "path", got, want)
         self._path = path
 
     def M(self) -> Tensor:
@@ -309,9 +308,7 @@ class SVFTLinear(nn.Module):
         _check_finite(m, "m")
         rank = int(torch.linalg.matrix_rank(_dense_M(self.omega, m, self.U.shape[1], len(self.Vh))))
         found = (rank, term_rank(self.omega), rank_bound(self.omega, (self.out_features, self.in_features)))
-        _require(
-            sorted(found) == [*found], "check_rank", f"rank, term rank, bound = {found}", "them to ascend", RuntimeError
-        )
+        _require(sorted(found) == [*found], "rank, term rank, bound", found, "them to ascend", RuntimeError)
         return found
 
     def merge(self) -> nn.Module:
@@ -437,8 +434,8 @@ def _paths(layer: SVFTLinear) -> list[str]:
     """The paths that the layer can take. A cut Sigma would cut W0 where it stands for it (D8)."""
     cut = len(layer.S) < min(layer.out_features, layer.in_features)
     if layer.weight is None:
-        return [] if cut else ["fused", "dense"]
-    return ["gather", "dense"] if cut else ["fused", "gather", "dense"]
+        return [] if cut else ["auto", "fused", "dense"]
+    return ["auto", "gather", "dense"] if cut else ["auto", "fused", "gather", "dense"]
 
 
 def _cheapest_path(layer: SVFTLinear, x: Tensor) -> str:
@@ -459,8 +456,8 @@ def _cheapest_path(layer: SVFTLinear, x: Tensor) -> str:
     paths = _paths(layer)
     # An empty product has the dtype in which products run here: autocast's, or the layer's own.
     if layer.weight is not None and torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF:
-        paths = ["gather", "dense"]  # fused would round W0 (D14)
-    return min(paths, key=cost.get)
+        paths = ["auto", "gather", "dense"]  # fused would round W0 (D14)
+    return min(paths[1:], key=cost.get)
 
 
 def _exact_delta(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
