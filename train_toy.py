@@ -60,7 +60,7 @@ def finetune(args: argparse.Namespace) -> None:
     lr = args.lr or 2.5 * (sum(sizes) / len(sizes)) ** (-2 / 3)
     share = f"{WORLD} processes, {task.batch // WORLD} sequences each" if WORLD > 1 else "one process"
     say(f"where             {task.device}, {'bfloat16 autocast' if task.amp else 'float32'}, {share}")
-    size = "" if args.pattern == "plain" else f", d = {d}" + (" (--d; inject has 2)" if args.d is None else "")
+    size = "" if args.pattern == "plain" else f", d = {d}" + (" (inject has 2: --d sets it)" if args.d is None else "")
     say(f"method            SVFT, {args.pattern}{size}, learning rate {lr:.3g}")
     say(f"trained           {sum(sizes):,} parameters, {sum(sizes) / total:.2%} of the model's {total:,}")
     before, text_before = evaluate(model, task.val, task), sample(model, tokenizer, task, length, args.seed)
@@ -149,9 +149,8 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
-        self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, width)

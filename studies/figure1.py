@@ -27,7 +27,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,15 +42,14 @@ RUNS = Path(__file__).resolve().parent / "runs"
 SEEDS = 3  # of the best rate by validation loss; the others are tried with seed 0 alone
 RATES = (0.5, 1, 2)  # times the middle one, which SMALL and LARGE give for each row
 ENTRIES = 64  # of each M in the rows "kept r" and "cut r", whose SVD is truncated at rank r
-# Sizes: r of LoRA, DoRA (both alpha = 2 r) and VeRA; b of BOFT; z1,z2 of a band, or one number for both. random, top-k,
-# diagonal and gradient have as many entries as that band. 1,2 3,4 8 16 are LoRA's r = 1, 2, 4, 8 within 5%.
+# NOTES explains sizes. Bands 1,2 3,4 8 16 have as many entries as LoRA r = 1, 2, 4, 8 has parameters, within 5%.
 SMALL = {
     "base": 0, "full": 2.5e-3, "LoRA 1": 2e-2, "LoRA 2": 1.6e-2, "LoRA 4": 1.2e-2, "LoRA 8": 1e-2,
-    "DoRA 1": 2e-2, "DoRA 4": 1.2e-2, "VeRA 256": 0.12, "BOFT 4": 2.5e-2, "BOFT 8": 1.25e-2,
-    "plain": 0.1, "banded 1,2": 8e-2, "banded 3,4": 5e-2, "banded 8": 3e-2, "banded 16": 2e-2,
+    "DoRA 1": 2e-2, "DoRA 4": 1.2e-2, "VeRA 256": 0.12, "BOFT 4": 2.5e-2, "BOFT 8": 2.5e-2,
+    "plain": 0.2, "banded 1,2": 8e-2, "banded 3,4": 5e-2, "banded 8": 3e-2, "banded 16": 2e-2,
     "random 1,2": 8e-2, "random 3,4": 5e-2, "random 8": 3e-2, "random 16": 2e-2,
     "top-k 8": 3e-2, "diagonal 8": 3e-2, "gradient 8": 1.5e-2,
-    "kept 8": 0.15, "kept 32": 0.15, "kept 96": 0.15, "cut 8": 0.15, "cut 32": 0.15, "cut 96": 0.15,
+    "kept 8": 7.5e-2, "kept 32": 7.5e-2, "kept 96": 0.15, "cut 8": 7.5e-2, "cut 32": 0.15, "cut 96": 0.15,
 }  # fmt: skip
 LARGE = {
     "base": 0, "full": 1e-4, "LoRA 1": 4e-3, "LoRA 4": 2e-3, "LoRA 8": 1.4e-3, "LoRA 32": 7.071e-4,
@@ -93,9 +91,10 @@ def build(base: nn.Module, row: str, seed: int, task: train_toy.Task, names: lis
         else:
             config = peft.LoraConfig(r=one, lora_alpha=2 * one, use_dora=method == "DoRA", **more)
         return peft.get_peft_model(model, config)
-    generator, gradients = torch.Generator().manual_seed(0), iter([])
+    gradients = iter([])
     if method == "gradient":  # with respect to each W0 (d1, d2), summed over 16 batches
         weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
+        generator = torch.Generator().manual_seed(0)
         losses = [train_toy.loss_of(model, task.draw(generator), task) for _ in range(16)]
         gradients = iter(torch.autograd.grad(sum(losses), weights))
     seeds = itertools.count(1000 * seed)  # one for each layer, which inject takes in the model's order
@@ -113,10 +112,8 @@ def build(base: nn.Module, row: str, seed: int, task: train_toy.Task, names: lis
 def omega_of(method: str, size: list[int], svd: svft.SVD, seed: int, gradients: Iterator[Tensor]) -> Tensor:
     """Omega of one layer: (2, k), with as many entries as the band of that size."""
     r1, r2 = svd.U.shape[1], svd.Vh.shape[0]
-    if method in ("kept", "cut"):
-        return svft.omega_random(r1, r2, ENTRIES, seed=seed)
     band = svft.omega_banded(r1, r2, *(size or [0]))
-    k = band.shape[1]
+    k = ENTRIES if method in ("kept", "cut") else band.shape[1]
     if method in ("plain", "banded"):
         return band
     if method == "top-k" and svd.U.shape[0] == svd.Vh.shape[1]:  # random on oblong weights, where it is not defined
@@ -134,20 +131,17 @@ def omega_of(method: str, size: list[int], svd: svft.SVD, seed: int, gradients: 
 # ---------------------------------------------------------------- all runs, and their file
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that name the tensors to the last bit."""
+def digest(tensors: Iterable[Tensor]) -> str:  # names them to the last bit
     return hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
 
 
 def decisive(setting: dict[str, Any]) -> str:
+    """What decides a result but for rounding: no names; nor who computed it, when, where and with what."""
     return json.dumps({key: value for key, value in setting.items() if key not in ("model", "data")}, sort_keys=True)
 
 
 def read(file: Path) -> dict[str, dict[tuple[str, float, int], dict[str, Any]]]:
-    """The finished runs, by setting, then by row, rate and seed. A line that was cut short is none.
-
-    In the setting stands what decides a result but for rounding: not names, who computed it, when, where, with what.
-    """
+    """The finished runs, by setting, then by row, rate and seed. A line that was cut short is none."""
     runs: dict[str, dict[tuple[str, float, int], dict[str, Any]]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -207,7 +201,7 @@ def work(args: argparse.Namespace, rows: dict[str, float]) -> None:
     for row, middle in rows.items():
         for rate in args.rates if middle else [0]:
             once(row, rate * middle, 0)
-        best = summary(read(args.runs)[decisive(setting)])[row]["lr"]
+        best = summary(read(args.runs)[decisive(setting)])[row]["best"]
         for seed in range(1, args.seeds if middle else 1):
             once(row, best, seed)
 
@@ -223,15 +217,12 @@ def summary(runs: dict[tuple[str, float, int], dict[str, Any]]) -> dict[str, dic
         lr = min(tried, key=tried.get)
         best = [run for key, run in runs.items() if key[:2] == (name, lr)]
         losses = {split: torch.tensor([run[split] for run in best]).double() for split in ("val", "test")}
-        rows[name] = {"trained": best[0]["trained"], "lr": lr, "edge": lr in (min(tried), max(tried)), **losses}
+        edge = lr > 0 and lr in (min(tried), max(tried))
+        rows[name] = {"trained": best[0]["trained"], "lr": f"{lr:.2g}{' *' * edge}", "best": lr, **losses}
     for row, split in itertools.product(rows.values(), ("val", "test")):
         start, goal = (rows[end][split].mean() if end in rows else math.nan for end in ("base", "full"))
         row[f"{split} %"] = 100 * (start - row[split]) / (start - goal)
     return dict(sorted(rows.items(), key=lambda row: (METHODS.index(row[0].split()[0]), row[1]["trained"])))
-
-
-def spread(values: Tensor, digits: int) -> str:
-    return f"{values.mean():.{digits}f}" + (f" +- {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -244,25 +235,24 @@ def markdown(rows: list[list[str]]) -> str:
 def draw(files: list[Path], picture: Path) -> None:
     """Prints a table for each setting in the files, and draws a panel for each that has both ends of the scale."""
     panels = {}
-    heads = ["row", "trained", "lr", "seeds", "validation loss", "test loss", "recovered, %: validation", "test"]
     for runs in [runs for file in files for runs in read(file).values()]:
-        rows, lines = summary(runs), [heads]
+        rows, every = summary(runs), list(runs.values())
+        lines = [["row", "trained", "lr", "seeds", "validation loss", "test loss", "recovered, %: validation", "test"]]
         for name, row in rows.items():
-            cells = [f"{row['trained']:,}", f"{row['lr']:.2g}{' *' * row['edge']}", str(len(row["val"]))]
-            digits = {"val": 4, "test": 4, "val %": 1, "test %": 1}
-            lines.append([name, *cells, *(spread(row[column], digits[column]) for column in digits)])
-        every, s = list(runs.values()), next(iter(runs.values()))["setting"]
+            cells = [name, f"{row['trained']:,}", row["lr"], str(len(row["val"]))]
+            for column, digits in {"val": 4, "test": 4, "val %": 1, "test %": 1}.items():
+                spread = f" +- {row[column].std():.{digits}f}" if len(row[column]) > 1 else ""
+                cells.append(f"{row[column].mean():.{digits}f}{spread}")
+            lines.append(cells)
+        s, dates = every[0]["setting"], [run["ran"]["date"] for run in every]
         size = f"{s['model']}: {s['steps']} steps of {s['batch']} x {s['context']}, {s['precision']}"
-        where = "; ".join({f"{run['ran']['hardware']}, torch {run['ran']['torch']}": 0 for run in every})
-        dates = sorted(run["ran"]["date"] for run in every)
-        others = {run["row"].split()[0]: run["implementation"] for run in every}
-        by = "; ".join(f"{method} by {others[method]}" for method in PEFT if method in others)
-        more = (
-            f"{s['data']}; targets {s['targets']}; {s['windows']} windows in an evaluation; {dates[0]} to {dates[-1]}"
-        )
-        print(f"## {size}\n\n{more}\n{where}\n{by}\n\n{markdown(lines)}\n")
+        more = f"{s['data']}; targets {s['targets']}; at most {s['windows']} windows in an evaluation"
+        others = [run for run in every if run["row"].split()[0] in PEFT]
+        by = "; ".join(dict.fromkeys(f"{run['row'].split()[0]} by {run['implementation']}" for run in others))
+        where = "; ".join(dict.fromkeys(f"{run['ran']['hardware']}, torch {run['ran']['torch']}" for run in every))
+        print(f"## {size}\n\n{more}\n{where}; {min(dates)} to {max(dates)}\n{by}\n\n{markdown(lines)}\n")
         if {"base", "full"} < rows.keys():
-            panels[f"{size}\n{where}, {max(len(row['val']) for row in rows.values())} seeds"] = rows
+            panels[f"{size}\n{where}, seeds: {max(len(row['val']) for row in rows.values())}"] = rows
     print(NOTES)
     if panels:
         plot(panels, picture)
@@ -271,20 +261,19 @@ def draw(files: list[Path], picture: Path) -> None:
 
 def plot(panels: dict[str, dict[str, dict[str, Any]]], picture: Path) -> None:
     """SVFT in black, the others in colour. Every axis of shares starts at 0."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "svft", "font.size": 9}
-    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6 * len(panels), 5), layout="constrained")
     for axes, (head, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axes.set(title=head, xscale="log", xlabel="trained parameters", ylabel="recovered on the test split, %")
         axes.axhline(100, color="black", linewidth=0.8, label="full fine-tuning")
         for method, style in STYLES.items():
             if mine := [row for name, row in rows.items() if name.split()[0] == method]:
-                y, seeds = [row["test %"].mean() for row in mine], [row["test %"] for row in mine]
-                errors = [values.std() if len(values) > 1 else 0 for values in seeds]
-                x, label = [row["trained"] for row in mine], method if method in PEFT else f"SVFT {method}"
-                axes.errorbar(x, y, errors, fmt=style, label=label, capsize=3)
+                x, shares = [row["trained"] for row in mine], [row["test %"] for row in mine]
+                errors = [share.std() if len(share) > 1 else 0 for share in shares]
+                label = method if method in PEFT else f"SVFT {method}"
+                axes.errorbar(x, [share.mean() for share in shares], errors, fmt=style, label=label, capsize=3)
         axes.set_ylim(min(0, axes.get_ylim()[0]), None)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -323,9 +312,9 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         train_toy.refuse(f'{error}: pip install ".[studies]"')
     except KeyboardInterrupt:
-        print("\ninterrupted; every finished run is in the file", file=sys.stderr)
+        print("\ninterrupted; every finished run is in the file")
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

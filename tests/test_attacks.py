@@ -1,0 +1,520 @@
+"""Forged, damaged and foreign files, killed and racing processes, special files, odd layers and odd input.
+
+In a table each row is a line of source, which is its id too. In each case svft.py refuses by name, and what was there
+before, model or file, is there afterwards, bit for bit.
+"""
+
+import copy
+import io
+import logging
+import math
+import os
+import pickle
+import re
+import socket
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+
+import svft
+from svft import SVD, SVFTLinear, compute_svd, omega_plain
+from test_svft import assert_untouched, mlp, plain_layer, randomize, snapshot
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="a fork is safe on Linux alone")
+in_processes = torch.multiprocessing.start_processes  # raises if one of them does
+
+
+def npz(arrays):
+    np.savez(buffer := io.BytesIO(), **{name: array for name, array in arrays.items() if array is not None})
+    return buffer.getvalue()
+
+
+class MakeFile(type(Path())):
+    """A pickle of this path makes the file when it is read carelessly."""
+
+    def __reduce__(self):
+        return Path.touch, (Path(self),)
+
+
+def damaged(content, flips):
+    """A file's bytes with one bit flipped, at places spread evenly over the file; then 40 lengths of it."""
+    rng = np.random.RandomState(0)
+    for part in np.array_split(np.arange(8 * len(content)), flips):
+        place = int(rng.choice(part))
+        altered = bytearray(content)
+        altered[place // 8] ^= 1 << place % 8
+        yield bytes(altered)
+    for length in np.linspace(0, len(content) - 1, 40).astype(int):
+        yield content[:length]
+
+
+# ---------------------------------------------------------------- the SVD cache
+
+
+class TestCacheFiles:
+    def test_a_damaged_foreign_or_forged_file_never_gives_other_factors(self, tmp_path, svd_calls):
+        """200 flipped bits, 40 lengths, other factors, foreign files: computed again and replaced, and nothing in
+        them is run. A bit on which no content depends, as in a date, may stay."""
+        W = plain_layer(6, 4, dtype=torch.float32).weight
+        svd = compute_svd(W, cache_dir=tmp_path)
+        (path,) = tmp_path.iterdir()
+        whole, recomputed = path.read_bytes(), 0
+        factors = {
+            "not orthonormal": svd._replace(U=svd.U * 1.001),
+            "another Sigma": svd._replace(S=svd.S * 1.001),
+            "one value off by 1e-3": svd._replace(Vh=svd.Vh + 1e-3 * torch.eye(4)),
+            "NaN": svd._replace(U=svd.U * math.nan),
+            "Sigma unsorted": SVD(svd.U.flip(1), svd.S.flip(0), svd.Vh.flip(0)),
+            "another dtype": SVD(*(t.double() for t in svd)),
+            "cut": SVD(svd.U[:, :2], svd.S[:2], svd.Vh[:2]),
+            "of another weight": compute_svd(torch.randn(6, 4)),
+            "a vector for a matrix": svd._replace(U=svd.U[:, 0]),
+        }
+        contents = {name: npz({n: t.numpy() for n, t in f._asdict().items()}) for name, f in factors.items()}
+        contents |= {"foreign": b"not a zip file" * 99, "a pickle": pickle.dumps(MakeFile(tmp_path / "owned"))}
+        contents |= {number: content for number, content in enumerate(damaged(whole, 200))}
+        for name, content in contents.items():
+            path.write_bytes(content)
+            svd_calls.clear()
+            assert all(map(torch.equal, compute_svd(W, cache_dir=tmp_path), svd)), name
+            assert len(svd_calls) == 1 or isinstance(name, int), name
+            assert path.read_bytes() == (whole if svd_calls else content), name
+            recomputed += len(svd_calls)
+        assert recomputed > 0.8 * len(contents) and list(tmp_path.iterdir()) == [path]
+
+    @needs_fork
+    def test_several_processes_may_race_for_one_folder(self, tmp_path, caplog):
+        """Each writes its own temporary file and renames it: all end with the same factors, and one file a weight."""
+        weights = [torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in range(8)]
+
+        def race(rank):
+            torch.set_num_threads(1)
+            for W in weights:
+                assert all(map(torch.equal, compute_svd(W, cache_dir=tmp_path), compute_svd(W))) and not caplog.records
+
+        in_processes(race, nprocs=2, start_method="fork")
+        assert len(list(tmp_path.iterdir())) == 8
+
+    def test_long_work_says_about_every_ten_seconds_how_long_the_rest_takes(self, caplog, monkeypatch):
+        """At WARNING, so that it is seen: hours of silence on a large model would look like a hang. 23 layers of 6 s
+        are one line for every two layers; what takes less than ten seconds says nothing."""
+        now, real = [0.0], torch.linalg.svd
+        for clock in ("perf_counter", "monotonic", "time"):
+            monkeypatch.setattr(svft.time, clock, lambda: now[0])
+        monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: now.append(now.pop() + 6) or real(*a, **k))
+        svft.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
+        assert not caplog.records
+        svft.inject(nn.Sequential(*(nn.Linear(2, 2) for _ in range(23))), "all-linear")
+        said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(said) == 11 and "2 of 23" in said[0] and "126 s" in said[0] and "22 of 23" in said[-1]
+
+
+# ---------------------------------------------------------------- forged and damaged adapter files
+
+
+def forged(path, base):
+    """Forged and foreign files for the place of a good one: name -> content."""
+    with np.load(path) as file:
+        good = dict(file)
+    parts = [name.partition("/")[2] for name in good if name.startswith("2/")]
+    omega, m, probes, shape = (good[f"2/{part}"] for part in ("omega", "m", "probes", "shape"))
+    k, code = len(m), MakeFile(path.parent / "owned")
+    # fmt: off
+    layer_2 = {  # one array of layer 2 is changed
+        "omega": {
+            "of floats": omega.astype(float), "of int32": omega.astype(np.int32), "turned": omega.T,
+            "too short": omega[:, 1:], "unsorted": omega[:, ::-1], "repeated": omega[:, [0, *range(k - 1)]],
+            "outside": omega + 6, "negative": omega - 6, "enormous": omega + 2**62,
+        },
+        "m": {
+            "of integers": m.astype(np.int64), "of half": m.astype(np.float16), "complex": m.astype(complex),
+            "of text": m.astype(str), "of objects": m.astype(object), "of another byte order": m.astype(">f4"),
+            "with NaN": m * np.nan, "with inf": np.where(np.arange(k) == 3, np.inf, m),
+            "a column": m[:, None], "a scalar": m[0], "of another update": m[::-1].copy(),
+        },
+        "probes": {
+            "of inf": probes + np.inf, "of NaN": probes * np.nan, "of float32": probes.astype(np.float32),
+            "too few": probes[:15], "of another update": 1.1 * probes, "of another update: zero": probes * 0,
+            "of another update: their norm overflows": np.full(16, 1e200),
+        },
+        "shape": {
+            "of floats": shape.astype(float), "of two": shape[:2], "negative": -shape, "with rank zero": shape * [1, 1, 0],
+            "with a rank over n": shape + [0, 0, 1], "with another rank": shape - [0, 0, 1], "another layer's": shape - [0, 1, 1],
+        },
+        "pattern": {"a number": np.array(3.0), "of objects": np.array({"a": 1}), "of two": np.array(["a", "b"]), "of bytes": np.array(b"plain")},
+    }
+    changes = {  # arrays are changed, added, or left out: None
+        "no format": {"format": None}, "another format": {"format": np.array("svft 9")}, "an older format": {"format": np.array("svft 2")},
+        "a format of two": {"format": np.array([str(good["format"])] * 2)}, "an object for a format": {"format": np.array({"a": 1})},
+        "no layer at all": {name: None for name in good if name != "format"}, "a layer without m": {"2/m": None},
+        "an array of no layer": {"more": m}, "one array more": {"2/more": m}, "no entries": {"2/omega": omega[:, :0], "2/m": m[:0]},
+        "an unknown layer": {f"5/{part}": good[f"2/{part}"] for part in parts},
+        "a layer that is none": {f"1/{part}": good[f"2/{part}"] for part in parts},
+        "m too large for the layer of another update": {"2/m": m.astype(np.float64) * 1e39, "2/probes": probes * 1e39},
+    }
+    # fmt: on
+    changes |= {f"{part} {name}": {f"2/{part}": a} for part, those in layer_2.items() for name, a in those.items()}
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as file:
+        file.writestr("format.npy", b"svft 3")
+    twice = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(twice, "a") as file, warnings.catch_warnings(action="ignore"):
+        np.save(other := io.BytesIO(), -m)
+        file.writestr("2/m.npy", other.getvalue())  # numpy would take the last
+    torch.save(base.state_dict(), state := io.BytesIO())
+    torch.save(code, pickled := io.BytesIO())
+    np.save(array := io.BytesIO(), m)
+    foreign = {"empty": b"", "text": b"hello", "nested lists": pickle.dumps([[]] * 99), "a pickle": pickle.dumps(code)}
+    foreign |= {"a zip of something else": archive.getvalue(), "a state_dict": state.getvalue()}
+    foreign |= {"a pickle in a zip": pickled.getvalue(), "one array": array.getvalue(), "two m": twice.getvalue()}
+    return foreign | {name: npz({**good, **change}) for name, change in changes.items()}
+
+
+class TestAdapterFiles:
+    @pytest.mark.parametrize("into", ["plain", "injected"])
+    def test_a_forged_or_foreign_file_is_refused_by_name_and_nothing_changes(self, saved, into, svd_calls):
+        """60 of them: none is executed, none half applied. What can be seen in the file is seen before any SVD."""
+        base, _, path = saved
+        model = svft.inject(base, ["0", "2", "4"]) if into == "injected" else base
+        good, before, contents = path.read_bytes(), snapshot(model), forged(path, mlp())
+        assert len(contents) == 60
+        for name, content in contents.items():
+            path.write_bytes(content)
+            svd_calls.clear()
+            with pytest.raises((ValueError, TypeError), match="adapter.npz: got|layer '[1245]': ") as caught:
+                svft.load_adapter(model, path)
+                pytest.fail(f"loaded: {name}")
+            assert "want" in str(caught.value), name
+            assert "of another update" in name or not svd_calls, name
+            assert_untouched(model, before)
+        assert not (path.parent / "owned").exists()
+        path.write_bytes(good)
+        svft.load_adapter(model, path)
+
+    def test_a_damaged_file_is_refused_or_is_still_the_same_adapter(self, saved):
+        """160 flipped bits and 40 lengths: refused by name, but for bits that no content depends on, as a date's."""
+        base, want, path = saved
+        model, refused = svft.inject(base, ["0", "2", "4"]), 0
+        start = snapshot(model)
+        for content in damaged(path.read_bytes(), 160):
+            path.write_bytes(content)
+            try:
+                loaded = svft.load_adapter(copy.deepcopy(model), path)
+                assert all(map(torch.equal, loaded.state_dict().values(), want.state_dict().values()))
+            except ValueError as error:
+                assert re.search("adapter.npz: got|layer '[024]': ", str(error)), error
+                refused += 1
+        assert refused > 120
+        assert_untouched(model, start)
+
+    @pytest.mark.parametrize("wrong", ["npz", "torch"])
+    def test_of_a_checkpoint_passed_by_mistake_the_names_alone_are_read(self, saved, wrong, monkeypatch):
+        """A file of gigabytes is refused at once: no array of it is opened."""
+        base, _, path = saved
+        weights = {name: p.detach() for name, p in base.named_parameters()}
+        if wrong == "npz":
+            path.write_bytes(npz({"format": np.array("svft 3"), **{n: p.numpy() for n, p in weights.items()}}))
+        else:
+            torch.save(weights, path)
+        opened, real = [], zipfile.ZipFile.open
+        spy = lambda self, name, *a, **k: opened.append(getattr(name, "filename", name)) or real(self, name, *a, **k)  # noqa: E731
+        monkeypatch.setattr(zipfile.ZipFile, "open", spy)
+        with pytest.raises(ValueError, match="adapter.npz: got"):
+            svft.load_adapter(base, path)
+        assert set(opened) <= {"format.npy", "format"}
+
+    def test_the_file_is_small(self, tmp_path):
+        """A wide band is little more than 4 bytes for each trained number, and random positions are 7."""
+        for pattern, d, limit in (("banded", 8, 4.2), ("random", 8, 7)):
+            model = randomize(svft.inject(nn.Sequential(nn.Linear(512, 512, bias=False)), ["0"], pattern, d))
+            svft.save_adapter(model, tmp_path / "a.npz")
+            assert 4 < (tmp_path / "a.npz").stat().st_size / len(model[0].m) < limit, pattern
+
+
+class TestThePlaceOfAFile:
+    def test_saving_through_a_link_keeps_the_link(self, saved, tmp_path):
+        """The file behind a symbolic link is replaced or made, not the link."""
+        _, model, path = saved
+        was, link, ahead = path.read_bytes(), tmp_path / "link.npz", tmp_path / "ahead.npz"
+        link.symlink_to(path)
+        ahead.symlink_to(tmp_path / "new.npz")
+        svft.save_adapter(randomize(model, seed=1), link)
+        assert link.is_symlink() and path.read_bytes() != was
+        svft.save_adapter(model, ahead)
+        assert ahead.is_symlink() and (tmp_path / "new.npz").read_bytes() == path.read_bytes()
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no special files there")
+    def test_what_exists_and_is_no_regular_file_is_refused_and_stays(self, saved, tmp_path, monkeypatch):
+        """A pipe, a socket, a folder, a link to a pipe: as root a rename would put a file in the place of a device."""
+        _, model, _ = saved
+        monkeypatch.chdir(tmp_path)  # a socket's name must be short
+        os.mkfifo("pipe")
+        os.symlink("pipe", "link")
+        os.mkdir("folder")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("socket")
+            for name in ("pipe", "link", "folder", "socket", "no/folder.npz"):
+                before = sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir())
+                with pytest.raises((OSError, ValueError), match=f"path: got .*{name}.*, want"):
+                    svft.save_adapter(model, name)
+                assert sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir()) == before
+
+    def test_a_full_disk_names_the_file_and_keeps_the_old_one(self, saved, tmp_path):
+        """OSError with the file's name; the last good file stays, no temporary one; the cache is done without."""
+        resource = pytest.importorskip("resource", reason="no file-size limit there")
+        base, model, path = saved
+        was, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            with pytest.raises(OSError, match="adapter.npz") as error:
+                svft.save_adapter(model, path)
+            with pytest.warns(UserWarning, match="cannot write in .*cache") as caught:
+                svft.inject(base, ["0", "2"], cache_dir=tmp_path / "cache")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert error.value.filename == str(path) and len(caught) == 1 and path.read_bytes() == was
+        assert sorted(p.name for p in tmp_path.rglob("*")) == ["adapter.npz", "cache"]
+
+    @needs_fork
+    def test_kill_9_at_any_moment_leaves_no_half_file_under_the_real_name(self, saved):
+        """In the middle of the write, after it, before and after the rename: the old file or the new one."""
+        _, model, path = saved
+        was, seen, rename = path.read_bytes(), [], os.replace
+        model[0].m.data += 1
+
+        def die(*_):
+            os.kill(os.getpid(), 9)
+
+        class Half(io.FileIO):
+            def write(self, content):
+                die(super().write(content[: len(content) // 2]))
+
+        def save(rank, *patch):
+            torch.set_num_threads(1)
+            setattr(*patch)
+            svft.save_adapter(model, path)
+
+        rename_then_die = lambda a, b: die(rename(a, b))  # noqa: E731
+        for patch in ((svft, "open", Half), (os, "fsync", die), (os, "replace", die), (os, "replace", rename_then_die)):
+            with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+                in_processes(save, patch, start_method="fork")
+            seen.append(path.read_bytes())
+        assert seen[:3] == 3 * [was] and seen[3] != was
+        svft.load_adapter(mlp(), path)
+
+
+# ---------------------------------------------------------------- odd layers
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+class Conv1D(nn.Linear):
+    """It has the name and the attribute of GPT-2's, and its weight lies the other way."""
+
+    nf = 6
+
+
+def other_adapter():
+    """As PEFT wraps a layer: the base and two small layers beside it."""
+    return nn.ModuleDict({"base_layer": nn.Linear(6, 6), "lora_A": nn.Linear(6, 2), "lora_B": nn.Linear(2, 6)})
+
+
+def weight(values):
+    return nn.Parameter(values, requires_grad=values.is_floating_point())
+
+
+# fmt: off
+ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be taken; the error; what its text names
+    ("m[2].weight = weight(torch.full((6, 6), math.nan))", "2", ValueError, "NaN"),
+    ("m[2].weight = weight(torch.ones(6, 6).to(torch.int8))", "2", TypeError, "int8"),
+    ("m[2].weight = weight(torch.ones(6, 6).to(torch.float8_e4m3fn))", "2", TypeError, "float8"),
+    ("m[2].weight = weight(torch.ones(6, 0))", "2", ValueError, r"\(6, 0\)"),
+    ("m[2].to('meta')", "2", ValueError, "meta"),
+    ("nn.utils.parametrizations.orthogonal(m[2])", "2", TypeError, "Parametrized"),
+    ("nn.utils.parametrizations.weight_norm(m[2])", "2", TypeError, "Parametrized"),
+    ("nn.utils.weight_norm(m[2])", "2", TypeError, "weight_g.*weight_v"),
+    ("nn.utils.prune.l1_unstructured(m[2], 'weight', 3)", "2", TypeError, "weight_orig"),
+    ("m[2].register_forward_hook(print)", "2", ValueError, "hook"),
+    ("m[2].register_forward_pre_hook(print)", "2", ValueError, "hook"),
+    ("m[2].register_full_backward_hook(print)", "2", ValueError, "hook"),
+    ("m[2].register_state_dict_post_hook(lambda *a: None)", "2", ValueError, "hook"),
+    ("m[2].forward = m[0].forward", "2", ValueError, "forward"),
+    ("m[2].forward = print", "2", ValueError, "forward"),
+    ("m[2].register_buffer('scale', torch.ones(6))", "2", (TypeError, ValueError), "scale|buffer"),
+    ("m[2].norm = nn.LayerNorm(6)", "2", (TypeError, ValueError), "norm|module"),
+    ("m.append(nn.Linear(6, 6)); m[5].weight = m[2].weight", "2", ValueError, "'2', '5'"),
+    ("m.append(m[2])", "2", ValueError, "'2', '5'"),
+    ("m[2] = Subclass(6, 6)", "2", TypeError, "Subclass"),
+    ("m[2] = Conv1D(6, 6)", "2", TypeError, "Conv1D"),
+    ("m.append(nn.MultiheadAttention(6, 2))", "5.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
+    ("m.append(nn.TransformerEncoderLayer(6, 2, 8))", "5.linear1", ValueError, "another module"),
+    ("m[2] = nn.Sequential(torch.compile(nn.Linear(6, 6)))", "2.0", ValueError, "another module"),
+]
+NO_LAYERS = [  # these no one would take for a layer that could be adapted: "all-linear" says nothing
+    ("m[2] = nn.Embedding(6, 6)", "2", TypeError, "Embedding"),
+    ("m[2] = nn.Bilinear(6, 6, 6)", "2", TypeError, "Bilinear"),
+    ("svft.inject(m, ['2'])", "2", TypeError, "SVFTLinear"),
+]
+SPOILT = [  # what was done to the injected small model m; what the error of merge and save_adapter names
+    ("m[2].to('meta')", "meta"),
+    ("m[2].m = nn.Parameter(torch.ones(7))", "m: got"),
+    ("m[2].omega.copy_(m[2].omega.flip(1))", "omega: got"),
+    ("m[2].bfloat16().float()", "convert"),
+    ("m[2].weight = mlp(seed=1)[2].weight", "reload|changed"),
+    ("m[2].weight.data.add_(torch.eye(6), alpha=0.01)", "reload|changed"),
+    ("m[2].load_state_dict(copy.deepcopy(m[2]).bfloat16().state_dict())", "convert"),
+    ("m[2].U.data.mul_(1.01)", "U"),
+]
+# fmt: on
+
+
+def rows(table):  # a row's id is its first entry, a line of source
+    return [pytest.param(*row, id=row[0]) for row in table]
+
+
+def after(change):
+    """The small model after a line of source."""
+    m = mlp()
+    with warnings.catch_warnings(action="ignore"):  # torch's old weight_norm
+        exec(change, {**globals(), "m": m})
+    return m
+
+
+def parts(model):  # also of a model on meta, which has no values
+    found = [*model.named_modules(), *model.named_parameters()]
+    return [(name, id(part), getattr(part, "requires_grad", None)) for name, part in found]
+
+
+class TestOddLayers:
+    @pytest.mark.parametrize("change, target, error, text", rows(ODD_LAYERS + NO_LAYERS))
+    def test_a_layer_that_cannot_be_adapted_is_refused_and_named(self, change, target, error, text):
+        """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do."""
+        model = after(change)
+        before = parts(model)
+        with pytest.raises(error, match=text) as caught:
+            svft.inject(model, [target])
+        assert f"layer {target!r}: " in str(caught.value) and "want" in str(caught.value)
+        assert parts(model) == before
+
+    @pytest.mark.parametrize("change, target", rows(row[:2] for row in ODD_LAYERS))
+    def test_all_linear_leaves_it_out_and_says_so(self, change, target):
+        """One such layer does not stop the work on a whole model, and the one warning names it."""
+        model = after(change)
+        with pytest.warns(UserWarning, match=re.escape(target)) as caught:
+            svft.inject(model, "all-linear")
+        taken = {name for name, layer in model.named_modules() if isinstance(layer, SVFTLinear)}
+        assert taken == {"0", "4"} and len(caught) == 1
+
+    def test_all_linear_leaves_out_what_lies_in_another_adapter_and_names_eight_at_most(self):
+        """The base of another adapter and its own small layers: adapting them would change what that adapter does."""
+        model = nn.Sequential(*(other_adapter() for _ in range(4)), nn.Linear(6, 6))
+        with pytest.warns(UserWarning, match="0.base_layer") as caught:
+            svft.inject(model, "all-linear")
+        assert isinstance(model[4], SVFTLinear) and "12" in str(caught[0].message) and len(caught) == 1
+        assert sum(isinstance(layer, SVFTLinear) for layer in model.modules()) == 1
+        assert len(re.findall(r"\d\.\w+", str(caught[0].message))) == 8
+
+    def test_all_linear_with_nothing_left_names_what_there_is(self):
+        """A subclass alone; a model that was injected already, where the error says just that."""
+        with pytest.raises(ValueError, match="Subclass|'0'"):
+            svft.inject(nn.Sequential(Subclass(3, 3)), "all-linear")
+        with pytest.raises(ValueError, match="SVFTLinear"):
+            svft.inject(svft.inject(mlp(), "all-linear"), "all-linear")
+
+    def test_what_a_removed_hook_leaves_behind_is_accepted(self):
+        """Hooks that were removed, and the layer's own bound forward, leave a layer as it was."""
+        model = mlp()
+        model[2].forward = model[2].forward
+        model[2].register_forward_hook(print).remove()
+        model[2].register_full_backward_hook(print).remove()
+        assert isinstance(svft.inject(model, ["2"])[2], SVFTLinear)
+
+    @pytest.mark.parametrize("act", [svft.merge, lambda m: svft.save_adapter(m, "a.npz")], ids=["merge", "save"])
+    @pytest.mark.parametrize("change, text", rows(SPOILT))
+    def test_a_layer_whose_parts_no_longer_belong_together_is_refused(self, act, change, text, tmp_path, monkeypatch):
+        """Else merge and save would give something else. The error names what may have happened."""
+        monkeypatch.chdir(tmp_path)
+        m = randomize(svft.inject(mlp(), ["0", "2"]))
+        exec(change, {**globals(), "m": m})
+        before = parts(m)
+        with pytest.raises(ValueError, match=f"layer '2': .*({text})"):
+            act(m)
+        assert parts(m) == before and list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "change", ["m[2].register_buffer('b', m[0].m)", "m[2].n = nn.Tanh()", "m[2].forward = print"]
+    )
+    def test_merge_refuses_what_would_be_lost(self, change):
+        """As inject does: buffers, modules and a forward of its own on an SVFTLinear."""
+        m = randomize(svft.inject(mlp(), ["0", "2"]))
+        exec(change, {**globals(), "m": m})
+        before = parts(m)
+        with pytest.raises((TypeError, ValueError), match="layer '2': "):
+            svft.merge(m)
+        assert parts(m) == before
+
+
+# ---------------------------------------------------------------- odd input
+
+W = torch.eye(4, 3)
+O = omega_plain(3, 3)  # noqa: E741
+# fmt: off
+ODD_INPUT = [  # a call, with the small model as m; the error; what its text names
+    ("compute_svd(torch.ones(2, 2, 3))", ValueError, r"weight: got .*\(2, 2, 3\)"),
+    ("compute_svd(torch.ones(0, 3))", ValueError, r"weight: got .*\(0, 3\)"),
+    ("compute_svd(torch.eye(3).to_sparse())", TypeError, "weight: got .*sparse"),
+    ("compute_svd(W, rank=2.0)", TypeError, "rank: got 2.0"),
+    ("omega_banded(3, 3, 1.5)", TypeError, "d: got 1.5"),
+    ("omega_banded(3, 3, True)", TypeError, "d: got True"),
+    ("omega_banded(0, 3, 1)", ValueError, "r1: got 0"),
+    ("omega_banded(3, 3, 1, above=-2)", ValueError, "above: got -2"),
+    ("omega_random(3, 3, 2, seed=2**32)", ValueError, "seed: got 4294967296"),
+    ("omega_top_k(torch.ones(3), torch.eye(3), 1)", ValueError, r"U: got .*\(3,\)"),
+    ("omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1)", TypeError, "Vh: got torch.int64"),
+    ("rank_bound(O, 5)", ValueError, "shape: got 5"),
+    ("rank_bound(O, (3, 2))", ValueError, "omega: got"),
+    ("term_rank(O.int())", TypeError, "omega: got torch.int32"),
+    ("term_rank(O[:, :0])", ValueError, r"omega: got .*\(2, 0\)"),
+    ("term_rank(torch.tensor([[1, 1, 2], [2**33, 2**33 - 1, 0]]))", ValueError, "omega: got unsorted"),
+    ("inject(m, ['2'], lambda svd: 3)", TypeError, "omega: got int"),
+    ("inject(m, ['2'], lambda svd: O + 5)", ValueError, "layer '2': omega: got"),
+    ("inject(m, ['2'], O, k=3)", ValueError, "layer '2': k: got 3"),
+    ("inject(m, ['2'], dtype=torch.float32)", TypeError, "dtype"),
+    ("inject(m, ['2'], svd=torch.eye(6))", TypeError, "svd: got Tensor"),
+    ("inject(m, ['2'], svd=compute_svd(W))", ValueError, "svd: got shapes"),
+    ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6)))", ValueError, "svd: got shapes"),
+    ("inject(m, ['2'], svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
+    ("inject(m, ['2'], svd=compute_svd(m[2].weight * 1.01))", ValueError, "svd: got"),
+    ("inject(m, ['2'], svd=SVD(torch.eye(6) * math.nan, torch.ones(6), torch.eye(6)))", ValueError, "svd: got"),
+    ("SVFTLinear(m[2])(torch.tensor(1.0))", (ValueError, IndexError, RuntimeError), ""),
+    ("inject(m, [2])", TypeError, "target_modules: got"),
+    ("inject(m, '2(')", ValueError, "target_modules: got"),
+    ("inject(m[2], '.*')", ValueError, "model itself"),
+    ("inject(m, '.*')", TypeError, "layer '': "),
+    ("merge(3)", TypeError, "model: got int"),
+    ("disabled(3).__enter__()", TypeError, "model: got int"),
+    ("summary(3)", TypeError, "model: got int"),
+    ("load_adapter(m, 'never.npz')", FileNotFoundError, "never.npz"),
+]
+# fmt: on
+
+
+class TestOddInput:
+    @pytest.mark.parametrize("call, error, text", rows(ODD_INPUT))
+    def test_an_odd_argument_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
+        """The error names the argument, what it got and what it wants; the model is bit-identical afterwards."""
+        monkeypatch.chdir(tmp_path)
+        model = mlp()
+        before = snapshot(model)
+        with pytest.raises(error, match=text):
+            eval(call, {**vars(svft), **globals(), "m": model})
+        assert list(tmp_path.iterdir()) == []
+        assert_untouched(model, before)

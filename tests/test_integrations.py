@@ -1,0 +1,368 @@
+"""svft.py in the places where people run it: Hugging Face, several processes, compile, export, torch.func, devices.
+
+Tests that need transformers, accelerate or peft are skipped without them: `pip install ".[dev]"` brings all three.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+import svft
+from svft import SVD, SVFTLinear, compute_svd, omega_random
+from test_svft import Conv1D, adapted, layers, mlp, near, plain_layer, randomize
+
+TESTS = Path(__file__).parent
+FSDP_ON_THE_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # torch 2.6 does not have it
+HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
+# autograd's threads for a GPU bar a fork
+START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+# work(0, *args), work(1, *args), ... at once, each in a process of its own; raises if one of them does
+in_processes = torch.multiprocessing.start_processes
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+class TestTransformers:
+    def test_inject_generate_merge_save_and_load_again(self, tiny, kind, tmp_path):
+        """At m = 0 the same logits; adapted ones survive merge, save_pretrained and from_pretrained."""
+        model, targets = tiny(kind)
+        if kind == "gpt2":  # its head is its embedding: adapting it would change both
+            with pytest.raises(ValueError, match="layer 'lm_head': "):
+                svft.inject(model, ["lm_head"])
+        ids = torch.tensor([[1, 5, 9, 7]])
+        start = model(ids).logits
+        svft.inject(model, targets)
+        assert len(adapted(model)) == (8 if kind == "gpt2" else 14)
+        near(model(ids).logits, start, 1e-5)
+        randomize(model, 0.3)
+        want, text = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert (want - start).abs().max() > 1e-2
+        svft.merge(model).save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        near(model(ids).logits, want, 1e-4)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(again.generate(ids, max_new_tokens=5, do_sample=False), text)
+        assert not adapted(again)
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames its own options
+    def test_the_trainer_trains_it_with_gradient_checkpointing(self, tiny, kind, tmp_path):
+        """Trainer, gradient checkpointing and enable_input_require_grads: the m's move, nothing else does."""
+        pytest.importorskip("accelerate")
+        hf = pytest.importorskip("transformers")
+        model, targets = tiny(kind)
+        svft.inject(model, targets)
+        model.enable_input_require_grads()
+        frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        texts = torch.randint(3, 50, (8, 12))
+        how = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=0.05, gradient_checkpointing=True)
+        args = hf.TrainingArguments(tmp_path, **how, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+        hf.Trainer(model, args, train_dataset=[{"input_ids": ids, "labels": ids} for ids in texts]).train()
+        assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+        assert all(model.get_submodule(name).m.abs().max() > 1e-3 for name in adapted(model))
+        svft.save_adapter(model, tmp_path / "a.npz")
+        fresh = svft.load_adapter(tiny(kind)[0], tmp_path / "a.npz")
+        near(fresh(texts[:1]).logits, model.eval()(texts[:1]).logits, 1e-5)
+
+
+class TestTheirNeighbours:
+    def test_a_head_that_is_drawn_anew_is_left_out_and_can_be_trained_beside(self, tiny, tmp_path):
+        """GPT2ForSequenceClassification draws `score` with each model: an adapter of it would load in no other one."""
+        pytest.importorskip("transformers")
+        model, _ = tiny("gpt2", "ForSequenceClassification")
+        with pytest.warns(UserWarning, match="score"):
+            svft.inject(model, "all-linear")
+        assert len(adapted(model)) == 8 and type(model.score) is nn.Linear
+        randomize(model).score.requires_grad_(True)
+        with pytest.warns(UserWarning, match="score.weight.*not in the file"):
+            svft.save_adapter(model, tmp_path / "a.npz")
+        fresh, _ = tiny("gpt2", "ForSequenceClassification")
+        nn.init.normal_(fresh.score.weight)
+        svft.load_adapter(fresh, tmp_path / "a.npz").score.load_state_dict(model.score.state_dict())
+        ids = torch.tensor([[1, 5, 9, 7]])
+        near(fresh(ids).logits, model(ids).logits, 1e-4)
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    def test_the_layers_of_another_adapter_are_left_out(self, tiny):
+        """PEFT's lora_A and lora_B are nn.Linear, and one of them is zero: "all-linear" leaves both alone."""
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(tiny("llama")[0], peft.LoraConfig(target_modules=["q_proj"]))
+        with pytest.warns(UserWarning, match="lora_A"):
+            svft.inject(model, "all-linear")
+        assert len(adapted(model)) == 12 and not any("q_proj" in name for name in adapted(model))
+
+    def test_weights_that_accelerate_has_offloaded_are_refused_and_work_once_they_are_back(self, tmp_path):
+        """Before inject or after it: the error names the layer and says that the weight is not there. Then
+        remove_hook_from_module, which leaves the module's own bound forward behind."""
+        accelerate = pytest.importorskip("accelerate")
+        model = randomize(svft.inject(mlp(), ["0", "2"]))
+        x, before = torch.randn(3, 5), copy.deepcopy(model)
+        for offloaded, act in [
+            (mlp(), lambda m: svft.inject(m, ["2"])),
+            (copy.deepcopy(model), svft.merge),
+            (copy.deepcopy(model), lambda m: svft.save_adapter(m, tmp_path / "a.npz")),
+        ]:
+            accelerate.cpu_offload(offloaded, torch.device("cpu"))
+            with pytest.raises(ValueError, match="layer '[02]': .*(meta|hook)"):
+                act(offloaded)
+        assert list(tmp_path.iterdir()) == []
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        near(svft.inject(model, ["4"])(x), before(x), 1e-5)
+        near(svft.merge(model)(x), before(x), 1e-5)
+        assert type(model[2]) is nn.Linear
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def steps(model, shard=slice(None)):
+    """Train on four batches, or on a part of each."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for seed in range(4):
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))[shard]
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def in_a_group(rank, folder, work, *args):
+    """A process of a gloo group, with one thread: a fork does not have the threads of the one that made it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    work(rank, folder, *args)
+    torch.distributed.barrier()  # no process leaves while the other still reads from it
+    torch.distributed.destroy_process_group()
+
+
+def one_of_two(rank, folder):
+    """DDP, then FSDP2. Each process takes its half of every batch."""
+    half = slice(4 * rank, 4 * rank + 4)
+    wrapper = steps(nn.parallel.DistributedDataParallel(svft.inject(mlp(), ["0", "2", "4"])), half)
+    if rank == 0:
+        svft.save_adapter(wrapper, folder / "ddp.npz")
+    if FSDP_ON_THE_CPU:
+        with_fsdp(half, folder / "fsdp.npz")
+
+
+def with_fsdp(half, path):
+    from torch.distributed.fsdp import fully_shard
+
+    model = svft.inject(mlp(width=64), ["0", "2", "4"])
+    whole = {n: p.numel() for n, p in model.named_parameters()}
+    for module in (model[0], model[2], model[4], model):
+        fully_shard(module)
+    for name, p in model.named_parameters():
+        assert abs(p.to_local().numel() - whole[name] / 2) <= whole[name] / p.shape[0], name  # half, to one row
+    svft.save_adapter(steps(model, half), path)  # on every rank
+    plain, at_root = mlp(), svft.inject(mlp(width=64), ["0", "2", "4"])
+    for root in (plain, at_root):
+        fully_shard(root)(torch.randn(2, 5))  # its weights stay gathered: plain tensors, for the time being
+    merge, load, inject = svft.merge, lambda m: svft.load_adapter(m, path), lambda m: svft.inject(m, ["2"])
+    for refused, sharded in ((merge, model), (load, model), (merge, at_root), (load, at_root), (inject, plain)):
+        with pytest.raises((TypeError, ValueError), match="layer '[02]': .*(DTensor|hooks)"):
+            refused(sharded)
+
+
+class TestDistributed:
+    @needs_gloo
+    def test_two_processes_equal_one_with_the_same_global_batch(self, tmp_path, monkeypatch):
+        """DDP; FSDP2 with W0, U and V halved on each rank. The adapter that they save loads on one process."""
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes on one GPU would not do
+        in_processes(in_a_group, (tmp_path, one_of_two), 2, start_method=START)
+        for kind, width in (("ddp", 6), ("fsdp", 64))[: 1 + FSDP_ON_THE_CPU]:
+            alone = steps(svft.inject(mlp(width=width), ["0", "2", "4"]))
+            together = svft.load_adapter(mlp(width=width), tmp_path / f"{kind}.npz")
+            for i in (0, 2, 4):
+                assert alone[i].m.abs().max() > 1e-2
+                near(together[i].m, alone[i].m, 1e-5)
+
+
+# ---------------------------------------------------------------- what torch does with a model
+
+
+class TestTransformations:
+    @given(layer=layers())
+    def test_a_copy_a_pickle_and_a_state_dict_carry_the_layer(self, layer):
+        """The same output bits, whatever the other layer held, another Omega too, and in whatever way it is loaded."""
+        base = layer.base.pop()
+        state, x = layer.state_dict(), torch.randn(3, layer.in_features, dtype=torch.float64)
+        pickled = pickle.dumps(layer) if type(base) is nn.Linear else None  # the Conv1D here only borrows its name
+        for other in (copy.deepcopy(layer), pickle.loads(pickled) if pickled else layer):
+            assert torch.equal(other(x), layer(x))
+        ways = {
+            "whole": lambda other: other.load_state_dict(state),
+            "assign": lambda other: other.load_state_dict(state, assign=True),
+            "from meta": lambda other: other.to("meta").load_state_dict(state, assign=True),
+            "after to_empty": lambda other: other.to_empty(device="cpu").load_state_dict(state),
+            "in parts": lambda other: [other.load_state_dict({n: state[n]}, strict=False) for n in reversed(state)],
+        }
+        for way, load in ways.items():
+            other = copy.deepcopy(layer)
+            other.omega.copy_(omega_random(*layer.M().shape, len(layer.m), seed=5))
+            for p in other.parameters():
+                p.data.normal_()
+            assert not torch.equal(other(x), layer(x))
+            load(other)
+            assert torch.equal(other(x), layer(x)), way
+
+    def test_a_whole_model_compiles_and_exports_for_inputs_of_any_length(self):
+        """Every path in one model. One exported program; a few compiled graphs, not one for each length or for each
+        path that auto could take."""
+        torch._dynamo.reset()
+        lengths = (2, 9, 30, 120, 500, 1900)  # uncompiled, auto changes its path between them, in every layer it has
+        sizes = {"auto": [(5, 6), (6, 19), (19, 4)], "dense": [(4, 4)], "gather": [(4, 4)], "fused": [(4, 4)]}
+        model = nn.Sequential(*(nn.Linear(*size) for path in sizes for size in sizes[path]))
+        for path in sizes:
+            names = [str(i) for i, size in enumerate(p for p in sizes for _ in sizes[p]) if size == path]
+            svft.inject(model, names, "plain", path=path)
+        randomize(model, 0.1)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        stats = torch._dynamo.utils.counters["stats"]
+        stats.clear()
+        with torch.no_grad():
+            for tokens in lengths:
+                near(compiled(torch.ones(tokens, 5)), model(torch.ones(tokens, 5)), 1e-5)
+        assert 1 <= stats["unique_graphs"] <= 3
+        for tokens in lengths:
+            x = torch.randn(tokens, 5)
+            near(compiled(x), model(x), 1e-5)
+            want, got = (torch.autograd.grad(f(x).square().sum(), model[0].m)[0] for f in (model, compiled))
+            near(got, want, 1e-4 * float(want.abs().max()))
+        assert 2 <= stats["unique_graphs"] <= 6
+        any_length = {"input": {0: torch.export.Dim("length", min=2, max=4096)}}
+        program = torch.export.export(model, (torch.randn(7, 5),), dynamic_shapes=any_length).module()
+        for tokens in lengths:
+            near(program(torch.ones(tokens, 5)), model(torch.ones(tokens, 5)), 1e-5)
+
+    @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+    def test_gradient_checkpointing_changes_nothing(self, reentrant):
+        """The recomputed forward gives the same gradient."""
+        model, x = randomize(svft.inject(mlp(), ["0", "2", "4"])), torch.randn(3, 5, requires_grad=True)
+        want = torch.autograd.grad(model(x).sum(), [model[0].m, x])
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(model[0].m.grad, want[0]) and torch.equal(x.grad, want[1])
+
+    def test_torch_func_works(self):
+        """functional_call with grad, and per-sample gradients through vmap."""
+        layer, x = randomize(SVFTLinear(plain_layer(5, 4), path="gather")), torch.randn(6, 4, dtype=torch.float64)
+        grad = torch.func.grad(lambda m, x: torch.func.functional_call(layer, {"m": m}, (x,)).square().sum())
+        want = torch.autograd.grad(layer(x).square().sum(), layer.m)[0]
+        near(grad(layer.m.detach(), x), want, 1e-10)
+        with warnings.catch_warnings(action="ignore"):  # no batching rule for embedding_bag: torch falls back to a loop
+            each = torch.func.vmap(grad, in_dims=(None, 0))(layer.m.detach(), x[:, None])
+        near(each.sum(0), want, 1e-10)
+
+    @pytest.mark.parametrize("how", ["inject", "load_adapter"])
+    def test_what_is_made_inside_inference_mode_can_be_trained_and_merged(self, how, saved):
+        """A model is often set up where it was evaluated: its m's are no inference tensors, nor is what merge gives."""
+        base, want, path = saved
+        with torch.inference_mode():
+            model = svft.inject(base, ["0", "2", "4"]) if how == "inject" else svft.load_adapter(base, path)
+            assert how == "inject" or torch.equal(model(torch.ones(2, 5)), want(torch.ones(2, 5)))
+        before = [model[i].m.detach().clone() for i in (0, 2, 4)]
+        trained = steps(model)(torch.ones(2, 5))
+        assert all((model[i].m != m).all() for i, m in zip((0, 2, 4), before, strict=True))
+        with torch.inference_mode():
+            svft.merge(model)
+        near(model(torch.ones(2, 5)), trained, 1e-5)
+        model.requires_grad_(True)(torch.ones(2, 5)).sum().backward()
+        assert model[2].weight.grad.abs().sum() > 0
+
+    def test_names_are_the_models_own_inside_torchs_wrappers(self, tmp_path):
+        """torch.compile, activation checkpointing and DDP put their names into a module's: they are left out when
+        matching, in the seed of "random", and in files. So a file is the same whatever was wrapped."""
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        def model():
+            torch.manual_seed(0)
+            return nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in "ab"))
+
+        plain, inside, path, files = model(), model(), tmp_path / "a.npz", []
+        inside[0], inside[1] = torch.compile(inside[0]), checkpoint_wrapper(inside[1])
+        for wrapped in (plain, inside, nn.DataParallel(torch.compile(model()))):
+            svft.save_adapter(randomize(svft.inject(wrapped, ["0.1", "1.0"], "random", 1)), path)
+            files.append(dict(np.load(path)))
+        assert files[0].keys() == files[1].keys() == files[2].keys()
+        assert all(np.array_equal(files[0][name], file[name]) for file in files for name in file)
+        x = torch.randn(3, 6)
+        near(svft.load_adapter(model(), path)(x), plain(x), 1e-5)
+        near(svft.load_adapter(nn.DataParallel(model()), path).module(x), plain(x), 1e-5)
+
+
+# ---------------------------------------------------------------- devices
+
+
+class TestDevices:
+    def test_no_path_mixes_devices(self):
+        """Every pattern and path on a fake GPU, injected, run and merged. LAPACK works on CUDA, else on the CPU, as
+        for MPS."""
+        if torch.cuda.is_available():
+            pytest.skip("the laws themselves run on this GPU, which shows a mix-up")
+        if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+            pytest.skip("this torch cannot register a backend in Python")
+        script = "import sys; sys.path.insert(0, '..'); import test_integrations as t; t.run_on_a_fake_gpu()"
+        # In its own process: autograd must start with the fake GPU.
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=TESTS)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def run_on_a_fake_gpu():
+    """Fake tensors of a backend that torch lets Python register: once it passes for CUDA, once it does not."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Fake(FakeTensorMode):  # svft's checks ask tensors for scalars: answer 'all is well'
+        def dispatch(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return True if args[0].dtype == torch.bool else 0.01 if args[0].dtype.is_floating_point else 1
+            if func is torch.ops.aten.nonzero.default:  # omega_banded's: as many positions as a band of d = 1 has
+                with self:
+                    return torch.zeros(3 * args[0].shape[0] - 2, 2, dtype=torch.int64, device="cpu")
+            return super().dispatch(func, types, args, kwargs or {})
+
+    def check(dtype):
+        with torch.device("meta"):
+            model = nn.Sequential(Conv1D(8, 8), nn.Linear(8, 12), nn.Linear(12, 8))
+        for module in model:
+            for name, p in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=dtype, device=gpu)))
+        x = torch.zeros(2, 8, dtype=dtype, device=gpu)
+        svd = SVD(*(t.cpu() for t in compute_svd(model[1].weight)))  # given from elsewhere
+        assert SVFTLinear(model[1], "plain", svd=svd).U.device.type == gpu
+        for target, pattern in zip("012", ("top_k", "random", "banded"), strict=True):
+            svft.inject(model, [target], pattern, 1)
+        for path in ("auto", "dense", "gather", "fused"):
+            for layer in model:
+                layer.path = path
+            y = model(x)
+            y.float().sum().backward()
+            assert y.device.type == model[0].m.grad.device.type == gpu
+        with svft.disabled(model):
+            assert model(x).device.type == gpu
+        merged = svft.merge(model)[0]
+        assert merged.weight.device.type == gpu and type(merged) is Conv1D
+
+    gpu = "fakegpu"
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(gpu)
+    with Fake(), pytest.raises(RuntimeError, match="same device"):
+        torch.zeros(2, device=gpu) + torch.zeros(2)
+    real, served = torch.linalg.svd, set()
+    torch.linalg.svd = lambda W, **options: served.add((W.device.type, W.dtype)) or real(W, **options)
+    for where, dtype in ((gpu, torch.float32), ("cpu", torch.bfloat16)):
+        torch.Tensor.is_cuda = property(lambda t, where=where: t.device.type == where == gpu)
+        served.clear()
+        with Fake():
+            check(dtype)
+        assert served == {(where, torch.float64)}, dtype
