@@ -516,6 +516,7 @@ def inject(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.m', '2.m']
     """
+    _check_unsharded(model)
     targets = _find_targets(model, target_modules)
     seed = operator.index(options.pop("seed", 0))
 
@@ -534,6 +535,7 @@ def merge(model: nn.Module) -> nn.Module:
     >>> merge(inject(nn.Sequential(nn.Linear(4, 4)), ["0"]))[0]
     Linear(in_features=4, out_features=4, bias=True)
     """
+    _check_unsharded(model)
     layers = _svft_layers(model)
     new = _for_each(layers, lambda name, layer: layer.merge())
     return new[""] if isinstance(model, SVFTLinear) else _replace(model, layers, new, freeze=False)
@@ -800,6 +802,7 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     does not use, or of singular values alone; m = 0 fits every base. Raises ValueError or TypeError, naming the layer;
     OSError if the file cannot be opened. Make the optimizer, DDP and torch.compile afterwards.
     """
+    _check_unsharded(model)
     entries = _read_adapter(Path(path))
     modules = _named(model)
     layers = _svft_layers(model)
@@ -837,7 +840,9 @@ def _read_adapter(path: Path) -> dict[str, _Entry]:
         entries = {}
         for name in names:
             tensors = [torch.from_numpy(arrays[f"{name}/{part}"]).contiguous() for part in PARTS[:-1]]
-            entries[name] = _Entry(*tensors, str(arrays[f"{name}/pattern"]))
+            label = arrays[f"{name}/pattern"]
+            _require(label.ndim == 0 and label.dtype.kind == "U", "pattern", f"{label.dtype} {label.shape}", "one text")
+            entries[name] = _Entry(*tensors, str(label))
         _for_each(entries, lambda name, entry: _check_entry(entry))
         return entries
     except Exception as error:  # whatever zipfile, numpy or a foreign content may raise
@@ -855,6 +860,7 @@ def _check_entry(entry: _Entry) -> None:
     _require(1 <= r <= min(d1, d2), "shape", (d1, d2, r), "1 <= r <= d1, d2")
     _check_omega(omega, r, r)
     _check_finite(m, "m")
+    _check_finite(probes, "probes")
 
 
 def _check_sizes(layer: nn.Module, entry: _Entry) -> None:
@@ -875,12 +881,7 @@ def _check_update(layer: SVFTLinear, entry: _Entry) -> None:
     error = (_probes(entry.omega, entry.m, layer.U, layer.Vh) - entry.probes).abs().max()
     got = f"an update that differs from the saved one by {float(error / size):.2g}, relatively"
     why = "another base model; equal singular values (move a state_dict instead); a base rounded to another dtype ("
-    _require(
-        error <= 1e-2 * size < math.inf,
-        "m",
-        got,
-        f"at most 0.01: {why}load in the dtype of training, merge, then convert)",
-    )
+    _require(error <= 1e-2 * size, "m", got, f"at most 0.01: {why}load in the dtype of training, merge, then convert)")
 
 
 def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
@@ -974,6 +975,13 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=3)
 
 
+def _check_unsharded(model: nn.Module) -> None:
+    """Refuse what FSDP has sharded, also while its weights happen to be gathered."""
+    kinds = {kind.__name__ for module in _named(model).values() for kind in type(module).__mro__}
+    sharded = kinds & {"FSDPModule", "FullyShardedDataParallel"}
+    _require(not sharded, "model", "a sharded one", "a plain one: save_adapter, then load into that", TypeError)
+
+
 def _check_base(base: nn.Module) -> Tensor:
     """base's weight as W0 (d1, d2); raises unless an SVFTLinear can take base's place."""
     _require(
@@ -991,16 +999,16 @@ def _check_alone(layer: nn.Module, parameters: set[str], buffers: set[str]) -> N
     forward = type(layer).forward.__get__(layer)
     hooks = any(kind.endswith("_hooks") and found for kind, found in vars(layer).items())
     lost = "them removed: they would be lost"
-    _require(not hooks and layer.forward == forward, "layer", "hooks or a forward of its own on it", lost)
     extra = {*layer._parameters} - parameters | {*layer._buffers} - buffers | {*layer._modules}
-    _require(not extra, "layer", f"parts of its own: {sorted(extra)}", lost)
+    _require(not extra, "layer", f"parts of its own: {sorted(extra)}", lost, TypeError)
+    _require(not hooks and layer.forward == forward, "layer", "hooks or a forward of its own on it", lost)
 
 
 def _check_weight(weight: Tensor, name: str = "weight") -> None:
     want = "a dense matrix of float16, bfloat16, float32 or float64, not empty, in memory (offloaded? remove the hooks)"
     if not isinstance(weight, Tensor):
         _require(False, name, type(weight).__name__, want, TypeError)
-    got = f"{type(weight).__name__} {tuple(weight.shape)} of {weight.dtype} on {weight.device}"
+    got = f"{type(weight).__name__} {tuple(weight.shape)} of {weight.dtype} on {weight.device}, {weight.layout}"
     dense = weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
     _require(dense and weight.dtype in (*HALF, torch.float32, torch.float64), name, got, want, TypeError)
     _require(weight.ndim == 2 and weight.numel() and not weight.is_meta, name, got, want)

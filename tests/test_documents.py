@@ -1,22 +1,15 @@
 """README, notes and docstrings: what they show runs, and what they say is so."""
 
-import contextlib
 import doctest
 import inspect
-import io
 import re
 import sys
-import warnings
 from pathlib import Path
 
-import pytest
 import torch
-from test_integrations import FSDP_ON_THE_CPU, START, in_a_group, in_processes, needs_gloo
-from test_svft import mlp, near, randomize
 from torch import nn
 
 import svft
-from svft import SVFTLinear, omega_banded
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
