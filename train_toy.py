@@ -60,7 +60,8 @@ def finetune(args: argparse.Namespace) -> None:
     lr = args.lr or 2.5 * (sum(sizes) / len(sizes)) ** (-2 / 3)
     share = f"{WORLD} processes, {task.batch // WORLD} sequences each" if WORLD > 1 else "one process"
     say(f"where             {task.device}, {'bfloat16 autocast' if task.amp else 'float32'}, {share}")
-    size = "" if args.pattern == "plain" else f", d = {d}" + (" (inject has 2: --d sets it)" if args.d is None else "")
+    why = "" if args.base else ", with which this small model gains hardly more than 0.2 nats"
+    size = "" if args.pattern == "plain" else f", d = {d}" + (f" (inject has 2{why})" if args.d is None else "")
     say(f"method            SVFT, {args.pattern}{size}, learning rate {lr:.3g}")
     say(f"trained           {sum(sizes):,} parameters, {sum(sizes) / total:.2%} of the model's {total:,}")
     before, text_before = evaluate(model, task.val, task), sample(model, tokenizer, task, length, args.seed)
