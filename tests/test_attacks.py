@@ -197,6 +197,16 @@ class TestAdapterFiles:
         path.write_bytes(good)
         svft.load_adapter(model, path)
 
+    def test_a_live_layer_of_another_rank_or_number_of_entries_is_refused(self, tmp_path):
+        """An optimizer would go on with the old m. Also where Omega fits, and where k is the same."""
+        svft.save_adapter(randomize(svft.inject(mlp(), ["2"], omega_plain(3, 3), rank=3)), tmp_path / "a.npz")
+        for how in ({"pattern": omega_plain(3, 3), "rank": 4}, {"pattern": "banded", "rank": 3}):
+            model = randomize(svft.inject(mlp(), ["2"], **how))
+            before = snapshot(model)
+            with pytest.raises(ValueError, match="layer '2': d1, d2, rank, k: got .*then make the optimizer"):
+                svft.load_adapter(model, tmp_path / "a.npz")
+            assert_untouched(model, before)
+
     def test_a_damaged_file_is_refused_or_is_still_the_same_adapter(self, saved):
         """160 flipped bits and 40 lengths: refused by name, but for bits that no content depends on, as a date's."""
         base, want, path = saved

@@ -2,11 +2,14 @@
 
 import doctest
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from test_integrations import FSDP_ON_THE_CPU, in_a_group, in_processes, needs_gloo
 from torch import nn
 
 import svft
@@ -58,3 +61,78 @@ class TestTheNotes:
         files = {path.stem: path.read_text(encoding="utf-8") for path in paths}
         named = set(re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", NOTES + README))
         assert named and not [n for n in named if n not in files and f"def {n}(" not in "".join(files.values())]
+
+
+SIZES = {  # (d1, d2) of all linear layers but the output head
+    "GPT-2": 12 * [(2304, 768), (768, 768), (3072, 768), (768, 3072)],
+    "SmolLM2-135M": 30 * [*2 * [(576, 576)], *2 * [(192, 576)], *2 * [(1536, 576)], (576, 1536)],
+    "Llama-2-7B": 32 * [*4 * [(4096, 4096)], *2 * [(11008, 4096)], (4096, 11008)],
+    "Llama-3-8B": 32 * [*2 * [(4096, 4096)], *2 * [(1024, 4096)], *2 * [(14336, 4096)], (4096, 14336)],
+}
+
+
+def stand_in(tiny):
+    """from_pretrained, which makes a tiny model of the same kind."""
+    make = {"gpt2": lambda: tiny("gpt2")[0], "meta-llama/Llama-2-7b-hf": lambda: tiny("llama")[0]}
+    return staticmethod(lambda name, dtype=torch.float32: make[name]().to(dtype))
+
+
+def fsdp_block(rank, folder, tiny):
+    """README's FSDP2 block as one of two processes runs it; then the plain model computes what the sharded one does."""
+    import transformers
+
+    transformers.AutoModelForCausalLM.from_pretrained = stand_in(tiny)
+    torch.distributed.init_process_group = lambda: None  # done already, on the CPU
+    os.chdir(folder)
+    names = {"svft": svft, "torch": torch, "AutoModelForCausalLM": transformers.AutoModelForCausalLM}
+    ids = torch.arange(3, 11)[None]
+
+    def train():
+        optimizer = torch.optim.AdamW([p for p in names["model"].parameters() if p.requires_grad], lr=1e-2)
+        names["model"](input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    (block,) = [block for block in python_blocks(README) if "fully_shard" in block]
+    assert block.count("...  #") == 1
+    names["train"] = train
+    exec(block.replace("...  #", "train()  #"), names)
+    torch.distributed.barrier()  # the file is whole now on every rank
+    base = stand_in(tiny).__func__("meta-llama/Llama-2-7b-hf", torch.bfloat16)
+    start = base(ids).logits
+    got, want = svft.load_adapter(base, "adapter.npz")(ids).logits, names["model"](ids).logits
+    assert (got - want).abs().max() < 0.1 * (want - start).abs().max()
+
+
+class TestTheReadme:
+    def test_its_sizes_are_computed_from_the_shapes(self):
+        """In bfloat16; the cache in float32; n^2 max(d1, d2) 4e-10 seconds an SVD."""
+        for name, shapes in SIZES.items():
+            W0 = sum(d1 * d2 for d1, d2 in shapes)
+            UV = sum(min(shape) * sum(shape) for shape in shapes)
+            cut = sum(min(1024, *shape) * sum(shape) for shape in shapes)
+            seconds = sum(4e-10 * min(shape) ** 2 * max(shape) for shape in shapes)
+            cells = [f"{size / 1e9:.2f} GB" for size in (2 * W0, 2 * UV, 2 * (W0 + UV), 2 * UV, 2 * (W0 + cut), 4 * UV)]
+            time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
+            assert f"| {name} | {' | '.join([*cells, time])} |" in README, name
+
+    def test_its_python_runs(self, tiny, tmp_path, monkeypatch):
+        """Block by block in one namespace, on tiny models of the same kinds."""
+        transformers = pytest.importorskip("transformers")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stand_in(tiny))
+        names = {"batches": list(torch.randint(3, 50, (3, 2, 8)))}
+        for block in python_blocks(README):
+            if "fully_shard" not in block:
+                exec(compile(block, "README.md", "exec"), names)
+        layers = [layer for layer in names["model"].modules() if isinstance(layer, svft.SVFTLinear)]
+        assert len(layers) == 14 and all(layer.weight is None for layer in layers)  # of the loop over blocks
+        assert (tmp_path / "adapter.npz").is_file() and (tmp_path / "merged" / "config.json").is_file()
+
+    @needs_gloo
+    @pytest.mark.skipif(not FSDP_ON_THE_CPU, reason="torch 2.6 has no FSDP2 on the CPU")
+    def test_its_fsdp2_runs_in_two_processes(self, tiny, tmp_path, monkeypatch):
+        """Inject, shard, train, save on every rank, load into a plain model, merge."""
+        pytest.importorskip("transformers")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        in_processes(in_a_group, (tmp_path, fsdp_block, tiny), 2, start_method="fork")
+        assert (tmp_path / "merged" / "config.json").is_file()
