@@ -134,5 +134,5 @@ class TestTheReadme:
         """Inject, shard, train, save on every rank, load into a plain model, merge."""
         pytest.importorskip("transformers")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        in_processes(in_a_group, (tmp_path, fsdp_block, tiny), 2, start_method="fork")
+        in_processes(in_a_group, (tmp_path, fsdp_block, tiny), 2, start_method="spawn")
         assert (tmp_path / "merged" / "config.json").is_file()

@@ -24,8 +24,7 @@ TESTS = Path(__file__).parent
 FSDP_ON_THE_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # torch 2.6 does not have it
 HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
-# autograd's threads for a GPU bar a fork
-START = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+START = "spawn"  # a fork of a process that has run several threads may wait for one of them for ever
 # work(0, *args), work(1, *args), ... at once, each in a process of its own; raises if one of them does
 in_processes = torch.multiprocessing.start_processes
 
