@@ -11,17 +11,16 @@ from test_svft import saved, svd_calls  # noqa: F401
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def tiny_model(kind, head="LMHeadModel"):
+def tiny_model(kind):
     """A model with random weights, "gpt2" (Conv1D, square ones among them) or "llama", and its targets."""
     hf = pytest.importorskip("transformers")
-    small = dict(vocab_size=50, pad_token_id=0)
-    gpt2 = dict(n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
-    llama = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, max_position_embeddings=32)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    common = dict(vocab_size=50, pad_token_id=0)
     torch.manual_seed(0)
     if kind == "gpt2":
-        return getattr(hf, f"GPT2{head}")(hf.GPT2Config(**small, **gpt2)).eval(), ["c_attn", "c_proj", "c_fc"]
-    config = hf.LlamaConfig(**small, **llama, **heads)
+        shape = dict(n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+        return hf.GPT2LMHeadModel(hf.GPT2Config(**shape, **common)).eval(), ["c_attn", "c_proj", "c_fc"]
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, max_position_embeddings=32)
+    config = hf.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **shape, **common)
     return hf.LlamaForCausalLM(config).eval(), r".*\.(q|k|v|o|up|gate|down)_proj"
 
 

@@ -7,8 +7,9 @@ svft.py, or whose law has another name now, fails. A law that could not run at a
 so the same laws must first pass on an unbroken copy.
 """
 
-import ast
+import itertools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -125,54 +126,41 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
 # fmt: on
 
 
-def laws():
-    """The laws of both tiers: name -> node id."""
-    found = {}
-    for file in (ROOT / "test_svft.py", *sorted((ROOT / "tests").glob("test_*.py"))):
-        sections = [part for part in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(part, ast.ClassDef)]
-        for section in sections:
-            names = [part.name for part in section.body if isinstance(part, ast.FunctionDef)]
-            found |= {n: f"{file.relative_to(ROOT)}::{section.name}::{n}" for n in names if n.startswith("test_")}
-    return found
-
-
 def law(part):
-    """The node id of the one law whose name has this part in it."""
-    found = [node for name, node in laws().items() if part in name]
+    """The node id of the one law, in either tier, whose name has this part in it."""
+    found = []
+    for file in ("test_svft.py", *(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py"))):
+        lines = re.findall(r"^class (\w+)|^    def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), flags=re.M)
+        sections = list(itertools.accumulate((section for section, _ in lines), lambda last, new: new or last))
+        found += [
+            f"{file}::{section}::{name}" for section, (_, name) in zip(sections, lines, strict=True) if part in name
+        ]
     assert len(found) == 1, f"the table is out of date: {part!r} is part of {found}"
     return found[0]
 
 
-def copy_project(folder, source):
-    """All of the project in folder, with another svft.py."""
+def run(folder, source, nodes):
+    """pytest's exit code for laws of a copy of the project with this svft.py, in a fork: torch is imported already."""
     for file in (*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "pyproject.toml"):
         shutil.copy(file, folder)
     for name in ("tests", "studies"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "svft.py").write_text(source, encoding="utf-8")
-
-
-def run_in_a_fork(folder, nodes):
-    """pytest's exit code for some laws of the copy in folder. A fork, so that torch need not be imported again."""
     child = os.fork()
-    if child == 0:
-        try:
-            code = run(folder, nodes)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def run(folder, nodes):
-    os.chdir(folder)
-    sys.path[:0] = [str(folder)]
-    own = {"svft", "train_toy", "test_svft", "conftest", "studies", *(f.stem for f in (ROOT / "tests").glob("*.py"))}
-    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
-        del sys.modules[name]
-    os.environ["SVFT_PROFILE"] = "mutation"  # derandomised: the same verdict each time; no time for the smallest case
-    torch.set_num_threads(1)
-    return int(pytest.main(["-qx", "--assert=plain", "-p", "no:cacheprovider", *nodes]))
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 99
+    try:
+        os.chdir(folder)
+        sys.path[:0] = [str(folder)]
+        own = {path.stem for path in (*folder.glob("*.py"), *folder.glob("tests/*.py"), folder / "studies")}
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
+        os.environ["SVFT_PROFILE"] = "mutation"  # always the same cases, and no time for the smallest one
+        torch.set_num_threads(1)
+        code = int(pytest.main(["-qx", "--assert=plain", "-p", "no:cacheprovider", *nodes]))
+    finally:
+        os._exit(code)
 
 
 @pytest.mark.mutation
@@ -180,15 +168,13 @@ def run(folder, nodes):
 class TestMutationProof:
     def test_the_unbroken_copy_passes(self, tmp_path):
         """Every law that the table names, where nothing is broken."""
-        copy_project(tmp_path, (ROOT / "svft.py").read_text(encoding="utf-8"))
         nodes = sorted({law(part) for *_, part in MUTATIONS})
-        assert run_in_a_fork(tmp_path, nodes) == pytest.ExitCode.OK
+        assert run(tmp_path, (ROOT / "svft.py").read_text(encoding="utf-8"), nodes) == pytest.ExitCode.OK
 
     @pytest.mark.parametrize("old, new, part", MUTATIONS, ids=[f"{i + 1}-{m[2]}" for i, m in enumerate(MUTATIONS)])
     def test_a_one_line_breakage_is_caught(self, tmp_path, old, new, part):
         """svft.py with one thing changed: the law named must fail."""
         source = (ROOT / "svft.py").read_text(encoding="utf-8")
         assert source.count(old) == 1 and old != new, "the table is out of date"
-        copy_project(tmp_path, source.replace(old, new))
-        code = run_in_a_fork(tmp_path, [law(part)])
+        code = run(tmp_path, source.replace(old, new), [law(part)])
         assert code == pytest.ExitCode.TESTS_FAILED, f"survived, pytest returned {code}:\n{old}\n->\n{new}"
