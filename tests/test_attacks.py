@@ -450,6 +450,45 @@ class TestOddLayers:
             svft.merge(m)
         assert_untouched(m, before)
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_rounded_factors_of_half_precision_still_belong_together(self, dtype, tmp_path):
+        """The check is as fine as the dtype that the layer has, with W0 or without, converted before inject or after."""
+        for keep, late in [(keep, late) for keep in (True, False) for late in (True, False)]:
+            made = svft.inject(mlp(width=200).to(torch.float32 if late else dtype), ["0", "2", "4"], keep_weight=keep)
+            model = randomize(made.to(dtype))
+            svft.save_adapter(model, tmp_path / "a.npz")
+            assert adapted(svft.merge(model)) == []
+
+    def test_ctrl_c_on_entry_to_disabled_leaves_nothing_behind(self, monkeypatch):
+        """An exception between the layers restores those that were reached."""
+        model, x, real = randomize(svft.inject(mlp(), ["0", "2"])), torch.ones(3, 5), nn.Module.__setattr__
+        want = model(x)
+
+        def interrupted(self, name, value):
+            real(self, name, value)
+            if name == "_disabled" and value:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(nn.Module, "__setattr__", interrupted)
+        with pytest.raises(KeyboardInterrupt), svft.disabled(model):
+            pass
+        assert torch.equal(model(x), want)
+
+    def test_the_work_grows_with_the_modules_not_with_their_square(self, monkeypatch):
+        """Looking for targets and shared weights visits each module a fixed number of times: counted, not timed."""
+        real, visits = nn.Module.named_modules, []
+        counted = lambda *a, **k: (visits.append(1) or item for item in real(*a, **k))  # noqa: E731
+        monkeypatch.setattr(nn.Module, "named_modules", counted)
+        needed = []
+        for count in (20, 40):
+            visits.clear()
+            svft.inject(
+                nn.Sequential(*(nn.Linear(1, 1) for _ in range(count))), [str(i) for i in range(count)], "plain"
+            )
+            needed.append(len(visits))
+        assert 20 <= needed[0] < needed[1] < 2.5 * needed[0]
+
 
 # ---------------------------------------------------------------- odd input
 

@@ -115,8 +115,9 @@ class TestTheReadme:
             time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
             assert f"| {name} | {' | '.join([*cells, time])} |" in README, name
 
-    def test_its_python_runs(self, tiny, tmp_path, monkeypatch):
-        """Block by block in one namespace, on tiny models of the same kinds."""
+    def test_its_python_runs(self, tiny, tmp_path, monkeypatch, capsys):
+        """Block by block in one namespace, on tiny models of the same kinds. What `# ->` says that the summary prints
+        follows from GPT-2's shapes."""
         transformers = pytest.importorskip("transformers")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stand_in(tiny))
@@ -126,6 +127,10 @@ class TestTheReadme:
                 exec(compile(block, "README.md", "exec"), names)
         layers = [layer for layer in names["model"].modules() if isinstance(layer, svft.SVFTLinear)]
         assert len(layers) == 14 and all(layer.weight is None for layer in layers)  # of the loop over blocks
+        k, total = sum(svft.omega_banded(min(shape), min(shape), 2).shape[1] for shape in SIZES["GPT-2"]), 124_439_808
+        said = f"trained: {k:,} parameters, {k / total:.3%} of the base model's {total:,}"
+        assert f"# -> {said}\n" in README
+        assert re.sub(r"[\d.,]+", "#", said) in re.sub(r"[\d.,]+", "#", capsys.readouterr().out)
         assert (tmp_path / "adapter.npz").is_file() and (tmp_path / "merged" / "config.json").is_file()
 
     @needs_gloo
