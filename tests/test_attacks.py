@@ -488,6 +488,23 @@ ODD_INPUT = [  # a call, with the small model as m; the error; what its text nam
 # fmt: on
 
 
+class TestInterruption:
+    def test_ctrl_c_on_entry_to_disabled_leaves_nothing_behind(self, monkeypatch):
+        """An exception between the layers restores those that were reached."""
+        model, x = randomize(svft.inject(mlp(), ["0", "2"])), torch.randn(3, 5)
+        adapted = model(x)
+
+        def interrupted(self, name, value, real=nn.Module.__setattr__):
+            real(self, name, value)
+            if name == "_disabled" and value:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(nn.Module, "__setattr__", interrupted)
+        with pytest.raises(KeyboardInterrupt), svft.disabled(model):
+            pass
+        assert torch.equal(model(x), adapted)
+
+
 class TestOddInput:
     @pytest.mark.parametrize("call, error, text", rows(ODD_INPUT))
     def test_an_odd_argument_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
