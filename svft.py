@@ -560,8 +560,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def summary(model: nn.Module) -> str:
     """A table of the SVFTLinear layers: name, d1 x d2, pattern, k, path, bytes, |M|/|Sigma|; totals and % trained.
 
-    |M|/|Sigma| is |Delta W|/|W0|, in Frobenius' norm. As in papers, the share trained is of the base model's
-    parameters, without U, S, Vh and m.
+    |M|/|Sigma| is |Delta W|/|W0|, in Frobenius' norm, unless rank cuts Sigma. As in papers, the share trained is of the
+    base model's parameters, without U, S, Vh and m.
     """
     layers = _svft_layers(model)
     rows = [("layer", "shape", "pattern", "k", "path", "bytes", "|M|/|Sigma|")]
@@ -657,7 +657,8 @@ def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict
     modules = _named(model)
     targets = {name: module for name, module in modules.items() if matches(name)}
     stacks = [name for name in _stacks(modules) if matches(name)]
-    missing = [entry for entry in entries if not any(entry in matches(name) for name in targets)]
+    found = set().union(*map(matches, targets))
+    missing = [entry for entry in entries if entry not in found]
     if missing:
         hint = f"; to match ends of names, pass [{rule!r}]" if rule else ""
         beside = f"; {_list(stacks)} {STACKED}" if stacks else ""
@@ -684,11 +685,11 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
             continue
         parts = name.split(".")
         inside = {".".join(parts[:end]) for end in range(len(parts))}  # the names of the modules around it
-        try:
-            check(name, module)
-            _require(not HEADS.intersection(parts) and not adapters & inside, name, "a new head or adapter", "neither")
-            targets[name] = module
-        except (TypeError, ValueError):
+        if not HEADS.intersection(parts) and not adapters & inside:
+            with contextlib.suppress(TypeError, ValueError):
+                check(name, module)
+                targets[name] = module
+        if name not in targets:
             left.append(name)
     left += _stacks(modules)
     why = "they are new heads or cannot be adapted: name one in a list to see why"
@@ -1021,14 +1022,14 @@ def _check_finite(t: Tensor, name: str) -> None:
 
 
 @torch.no_grad()
-def _check_svd(svd: SVD, W0: Tensor, limit: float | None = None, name: str = "svd", advice: str = "") -> None:
-    """Refuse factors that are not an SVD of W0 (d1, d2) to the limit: 2e-5, or 1.5 times their or W0's rounding.
+def _check_svd(svd: SVD, W0: Tensor, dtype: torch.dtype | None = None, name: str = "svd", advice: str = "") -> None:
+    """Refuse factors that are no SVD of W0 (d1, d2) to 2e-5, or to dtype's rounding (the finer of theirs and W0's).
 
     In float64 on random vectors (Freivalds' check): O(d1 d2) multiply-adds; the products themselves take O(n d1 d2).
     """
     tensors = isinstance(svd, tuple) and len(svd) == 3 and all(isinstance(t, Tensor) for t in svd)
     _require(tensors, name, type(svd).__name__, "an SVD(U, S, Vh) of tensors", TypeError)
-    limit = limit or max(2e-5, 1.5 * torch.finfo(torch.promote_types(W0.dtype, svd[0].dtype)).eps)
+    limit = max(2e-5, 1.5 * torch.finfo(dtype or torch.promote_types(W0.dtype, svd[0].dtype)).eps)
     W = _exact(W0)  # (d1, d2)
     U, S, Vh = (_exact(t).to(W.device) for t in svd)
     shapes = [tuple(t.shape) for t in svd]
@@ -1064,13 +1065,11 @@ def _check_whole(layer: SVFTLinear, W0: Tensor) -> None:
     _check_omega(layer.omega, layer.U.shape[1], len(layer.Vh))
     _require(layer.m.shape == layer.omega[0].shape, "m", tuple(layer.m.shape), tuple(layer.omega[0].shape))
     _check_finite(_exact(layer.m.detach()), "m")
-    svd = SVD(*(_exact(t.detach()) for t in (layer.U, layer.S, layer.Vh)))
-    limit = max(2e-5, 1.5 * torch.finfo(layer.U.dtype).eps)
     advice = (
         ": did W0 change or get reloaded after inject, was the model converted to another dtype (train, load and merge"
         " in one dtype), were U or Vh trained by an older version, or averaged?"
     )
-    _check_svd(svd, W0, limit, "U, S, Vh", advice)
+    _check_svd(SVD(layer.U, layer.S, layer.Vh), W0, layer.U.dtype, "U, S, Vh", advice)
 
 
 def _check_omega(omega: Tensor, r1: float = math.inf, r2: float = math.inf) -> Tensor:
