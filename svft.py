@@ -31,22 +31,19 @@ On a model:
     z         z                       (r2, tokens)     V^T x, one column for each token
 
 With n = min(d1, d2), M is n x n for the thin SVD, the default; min(r, n) x min(r, n) with rank=r; d1 x d2, as in the
-paper, for the full SVD (D1). A tag such as (D1) names a row of the deviations table in paper_notes.md.
-It does not do quantised weights, convolutions, embeddings, several adapters on one layer, or weights that are
-sharded before inject.
+paper, for the full SVD (D1). A tag such as (D1) names a row of the deviations table in paper_notes.md. Not done:
+quantised weights, convolutions, embeddings, several adapters on one layer, weights that are sharded before inject.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
-import math
-import operator
 import os
 import re
 import time
-import uuid
 import warnings
 import zlib
 from collections import Counter
@@ -60,12 +57,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __version__ = "0.3.0"
-__all__ = [
-    "SVD", "compute_svd", "omega_plain", "omega_banded", "omega_random", "omega_top_k", "rank_bound", "term_rank",
-    "SVFTLinear", "inject", "merge", "disabled", "summary", "save_adapter", "load_adapter",
-]  # fmt: skip
-
-log = logging.getLogger(__name__)
+__all__ = ["compute_svd", "disabled", "inject", "load_adapter", "merge", "omega_banded", "omega_plain", "omega_random",
+           "omega_top_k", "rank_bound", "save_adapter", "summary", "SVD", "SVFTLinear", "term_rank"]  # fmt: skip
 HALF = (torch.float16, torch.bfloat16)
 StrPath = str | os.PathLike
 
@@ -95,8 +88,7 @@ def compute_svd(
     [(6, 3), (3,), (3, 4)]
     """
     _check_weight(weight)
-    _require(rank is None or not full_matrices, "rank", f"{rank} with full_matrices=True", "one or the other")
-    _require(rank is None or operator.index(rank) >= 1, "rank", rank, "at least 1")
+    _require(rank is None or rank >= 1 and not full_matrices, "rank", rank, "at least 1, and not with full_matrices")
     if cache_dir is not None:
         return _cached_svd(Path(cache_dir), weight, rank, full_matrices)
     W = _exact(weight.detach())  # (d1, d2)
@@ -105,8 +97,8 @@ def compute_svd(
     if wide:
         U, Vh = Vh.T, U.T
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]  # rank None takes all
-    # (-u_i, -v_i) fits as well as (u_i, v_i). M depends on the choice: make the largest entry of u_i positive (D2), the
-    # first of them if several are equal but for rounding.
+    # (-u_i, -v_i) fits as well as (u_i, v_i), and M depends on the choice. So the largest entry of u_i is made positive
+    # (D2), the first of them if several are equal but for rounding.
     size = U.abs()
     first = (size >= (1 - 1e-6) * size.amax(0)).int().argmax(0, keepdim=True)  # (1, r1)
     sign = U.gather(0, first).sign()  # (1, r1); the largest entry of a unit vector is never 0
@@ -137,11 +129,10 @@ def omega_banded(r1: int, r2: int, d: int, above: int | None = None) -> Tensor:
     >>> omega_banded(3, 3, 1, above=0).T.tolist()
     [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
     """
-    above = operator.index(d if above is None else above)
-    _require(min(operator.index(d), above) >= 0, "d, above", (d, above), "at least 0")
-    i = torch.arange(operator.index(r1), device="cpu")[:, None]  # (r1, 1)
-    j = torch.arange(operator.index(r2), device="cpu")  # (r2,)
-    return _check_omega(((i - j <= d) & (j - i <= above)).nonzero().T.contiguous())
+    above = d if above is None else above
+    _require(min(d, above) >= 0, "d, above", (d, above), "at least 0")
+    band = torch.ones(r1, r2, dtype=torch.bool, device="cpu").triu(-d).tril(above)  # (r1, r2)
+    return _check_omega(band.nonzero().T.contiguous())
 
 
 def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
@@ -152,7 +143,7 @@ def omega_random(r1: int, r2: int, k: int, *, seed: int = 0) -> Tensor:
     >>> omega_random(100, 100, 500).unique(dim=1).shape
     torch.Size([2, 500])
     """
-    random = np.random.RandomState(operator.index(seed))
+    random = np.random.RandomState(seed % 2**32)
     flat = np.sort(random.choice(r1 * r2, k, replace=False))  # (k,)
     return _check_omega(torch.from_numpy(np.stack([flat // r2, flat % r2]).astype(np.int64)))
 
@@ -165,12 +156,9 @@ def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
     >>> omega_top_k(torch.eye(2), torch.tensor([[0.6, -0.8], [0.8, 0.6]]), 2).tolist()
     [[0, 1], [1, 0]]
     """
-    _check_weight(U, "U")
-    _check_weight(Vh, "Vh")
-    shape = (U.shape[0], Vh.shape[1])
-    _require(shape[0] == shape[1], "top_k", f"a {shape[0]} x {shape[1]} weight", "d1 = d2; use 'banded' or 'random'")
+    _require(len(U) == Vh.shape[1], "top_k", f"a {len(U)} x {Vh.shape[1]} weight", "d1 = d2; or 'banded', 'random'")
     alignment = (_exact(U).T @ _exact(Vh).T).abs().flatten().cpu()  # (r1 r2,)
-    _require(1 <= operator.index(k) <= len(alignment), "k", k, f"1 to {len(alignment)}")
+    _require(1 <= k <= len(alignment), "k", k, f"1 to {len(alignment)}")
     flat = alignment.sort(descending=True, stable=True).indices[:k].sort().values  # (k,)
     return torch.stack([flat // len(Vh), flat % len(Vh)])
 
@@ -200,8 +188,7 @@ class SVFTLinear(nn.Module):
     m starts at zero (D6), passes no gate (D7), and is all that gets a gradient, with the bias where it is unfrozen.
     m and S are float32 (float64 for a float64 weight), U and Vh have the weight's dtype (D12). A later .to(dtype)
     converts m too: convert first, then inject. At m = 0 dense and gather give base's output bit for bit. fused and
-    keep_weight=False round W0 to U Sigma V^T. In half precision that shows, so "auto" does not take fused there
-    while W0 is kept (D14). In float16 V^T x may overflow where W0 x does not: take path="dense" there.
+    keep_weight=False round W0 to U Sigma V^T: in half precision "auto" takes fused only where W0 is gone (D14).
 
     >>> layer = SVFTLinear(nn.Linear(8, 6), "banded", d=1)
     >>> layer.m.shape, layer(torch.randn(3, 8)).shape
@@ -209,18 +196,15 @@ class SVFTLinear(nn.Module):
     """
 
     @torch.inference_mode(False)
-    def __init__(
-        self, base: nn.Module, pattern: Pattern = "banded", d: int = 2, *, k: int | None = None, seed: int = 0,
-        path: str = "auto", keep_weight: bool = True, svd: SVD | None = None, rank: int | None = None,
-        full_matrices: bool = False, cache_dir: StrPath | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, base: nn.Module, pattern: Pattern = "banded", d: int = 2, *, k: int | None = None, seed: int = 0,
+                 path: str = "auto", keep_weight: bool = True, svd: SVD | None = None, rank: int | None = None,
+                 full_matrices: bool = False, cache_dir: StrPath | None = None) -> None:  # fmt: skip
         super().__init__()
         W0 = _check_base(base)  # (d1, d2)
         if svd is None:
             svd = compute_svd(W0, rank=rank, full_matrices=full_matrices, cache_dir=cache_dir)
         else:
-            alone = rank is None and not full_matrices and cache_dir is None
-            _require(alone, "svd", "svd= with rank, full_matrices or cache_dir", "one or the other")
+            _require((rank, full_matrices, cache_dir) == (None, False, None), "svd", "svd= and its options", "only one")
             _check_svd(svd, W0)
         omega, self.pattern = _make_omega(pattern, svd, d, k, seed)  # (2, k), and a label for tables
 
@@ -242,7 +226,7 @@ class SVFTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Eq. (1): x (..., d2) -> h (..., d1), in the weight's dtype, or autocast's."""
-        W0 = self._W0()  # (d1, d2)
+        W0 = None if self.weight is None else self._layout(self.weight.detach())  # (d1, d2)
         if self._disabled and W0 is not None:
             return F.linear(x, W0, self.bias)
         U, Vh = self.U.detach(), self.Vh.detach()  # no gradient but m's, whatever requires_grad says
@@ -253,14 +237,10 @@ class SVFTLinear(nn.Module):
                 W = self._layout(self._layout(W0) + self._layout(W))
             return F.linear(x, W, self.bias)
         z = Vh @ x.reshape(-1, x.shape[-1]).T  # (r2, tokens)
+        shape = (*x.shape[:-1], self.out_features)
         if path == "gather":
-            h = F.linear(x, W0, self.bias)
-            return h + (self._M_times(z).T @ U.T).view_as(h)
-        h = F.linear(self._M_times(z, add_sigma=True).T, U, self.bias)  # (tokens, d1)
-        return h.view(*x.shape[:-1], self.out_features)
-
-    def _W0(self) -> Tensor | None:  # (d1, d2), whatever the base's layout; None if it is not kept
-        return None if self.weight is None else self._layout(self.weight.detach())
+            return F.linear(x, W0, self.bias) + (self._M_times(z).T @ U.T).view(shape)
+        return F.linear(self._M_times(z, add_sigma=True).T, U, self.bias).view(shape)
 
     def _layout(self, W: Tensor) -> Tensor:  # (d1, d2) into the base's layout, or back
         return W if self._base_type is nn.Linear else W.T
@@ -282,9 +262,8 @@ class SVFTLinear(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
-        got = f"{path!r} with keep_weight={self.weight is not None} and rank {len(self.S)}"
-        want = f"one of {_paths(self)}; without W0, or fused, the layer would cut W0 to its rank (D8)"
-        _require(path in _paths(self), "path", got, want)
+        want = f"one of {_paths(self)}; rank= with fused or keep_weight=False would cut W0 (D8)"
+        _require(path in _paths(self), "path", repr(path), want)
         self._path = path
 
     def M(self) -> Tensor:
@@ -304,10 +283,9 @@ class SVFTLinear(nn.Module):
 
         The rank is numerical, in float64. Raises RuntimeError unless the three ascend, ValueError for NaN or inf.
         """
-        m = _exact(self.m.detach())
-        _check_finite(m, "m")
-        rank = int(torch.linalg.matrix_rank(_dense_M(self.omega, m, self.U.shape[1], len(self.Vh))))
-        found = (rank, term_rank(self.omega), rank_bound(self.omega, (self.out_features, self.in_features)))
+        M = _exact(self.M().detach())  # (r1, r2)
+        bound = rank_bound(self.omega, (self.out_features, self.in_features))
+        found = (int(torch.linalg.matrix_rank(M)), term_rank(self.omega), bound)
         _require(sorted(found) == [*found], "rank, term rank, bound", found, "them to ascend", RuntimeError)
         return found
 
@@ -319,23 +297,18 @@ class SVFTLinear(nn.Module):
         """
         return _merged(self)
 
-    def __setstate__(self, state: dict) -> None:  # a copy made inside disabled() is enabled: no block would restore it
-        super().__setstate__({**state, "_disabled": False})
-
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, pattern={self.pattern}, k={len(self.m)}, path={self.path}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.pattern}, k={len(self.m)}"
 
 
 def _sparse_times(omega: Tensor, m: Tensor, r1: int, Z: Tensor) -> Tensor:
     """M Z, of the sparse M (r1, r2) and a dense Z (r2, c): (r1, c). Row i is the sum over j of m_ij Z_j (D11)."""
-    omega = omega.to(Z.device)
     if Z.device.type != "cpu" or Z.shape[1] == 0:  # embedding_bag refuses c = 0
         # A GPU multiplies M as a dense matrix two to three times faster than it gathers. Backward keeps that matrix.
         return _dense_M(omega, m, r1, len(Z)).to(Z.dtype) @ Z
     # embedding_bag is zeros(r1, c).index_add_(0, i, m[:, None] * Z[j]), up to 12 times faster and without the k x c
     # tensor. It sums in float32 at least (D12). It has no second derivative and no forward-mode one.
-    i, j = omega
+    i, j = omega.cpu()
     starts = torch.searchsorted(i, torch.arange(r1, device=i.device))  # (r1,): where each row of M begins in m
     m = m.to(_wide(m.dtype))
     return F.embedding_bag(j, Z.to(m.dtype), starts, mode="sum", per_sample_weights=m)
@@ -363,7 +336,7 @@ def term_rank(omega: Tensor) -> int:
     """The largest number of positions of which no two share a row or a column: a bipartite matching (D10).
 
     omega: (2, k), int64; TypeError or ValueError if it is none. rank(M) <= term_rank(omega) <= rank_bound(omega, shape)
-    for every M on Omega; for almost every M rank(M) = term_rank(omega). If ten entries share a row, it is 1.
+    for every M on Omega; for almost every M rank(M) = term_rank(omega).
 
     >>> term_rank(torch.tensor([[0, 0, 0, 1], [0, 1, 2, 0]]))
     2
@@ -384,8 +357,7 @@ def term_rank(omega: Tensor) -> int:
                 break
             queue += [row_of[column] for column in new]
         while free is not None:  # back to the start: each row on the way takes the column it led to, and frees its own
-            row = reached_from[free]
-            row_of[free] = row
+            row = row_of[free] = reached_from[free]
             column_of[row], free = free, column_of.get(row)
     return len(row_of)
 
@@ -412,30 +384,27 @@ def _make_omega(pattern: Pattern, svd: SVD, d: int, k: int | None, seed: int) ->
     """The omega that SVFTLinear's arguments name, and its label."""
     r1, r2 = svd.U.shape[1], len(svd.Vh)
     name = pattern if isinstance(pattern, str) else "custom"
-    _require(
-        k is None or name in ("random", "top_k"), "k", f"{k} with pattern {name!r}", "it only with random or top_k"
-    )
-    if k is None and name in ("random", "top_k"):  # R_d and T_d have as many entries as the band of d
+    counted = name in ("random", "top_k")
+    _require(k is None or counted, "k", f"{k} with pattern {name!r}", "it with random or top_k alone")
+    if counted and k is None:  # R_d and T_d have as many entries as the band of d
         k = omega_banded(r1, r2, d).shape[1]
     makers = {
         "plain": lambda: omega_plain(r1, r2),
         "banded": lambda: omega_banded(r1, r2, d),
         "random": lambda: omega_random(r1, r2, k, seed=seed),
         "top_k": lambda: omega_top_k(svd.U, svd.Vh, k),
+        "custom": lambda: _check_omega(pattern(svd) if callable(pattern) else pattern, r1, r2),
     }
-    if name in makers:
-        return makers[name](), f"banded d={d}" if name == "banded" else name
-    own = isinstance(pattern, Tensor) or callable(pattern)
-    _require(own, "pattern", repr(pattern), f"one of {[*makers]}, an omega, or a function of the SVD")
-    return _check_omega(pattern if isinstance(pattern, Tensor) else pattern(svd), r1, r2), name
+    _require(name in makers, "pattern", repr(name), f"one of {[*makers][:4]}, an omega, or a function of the SVD")
+    return makers[name](), f"banded d={d}" if name == "banded" else name
 
 
 def _paths(layer: SVFTLinear) -> list[str]:
     """The paths that the layer can take. A cut Sigma would cut W0 where it stands for it (D8)."""
-    cut = len(layer.S) < min(layer.out_features, layer.in_features)
-    if layer.weight is None:
-        return [] if cut else ["auto", "fused", "dense"]
-    return ["auto", "gather", "dense"] if cut else ["auto", "fused", "gather", "dense"]
+    kept = layer.weight is not None
+    whole = len(layer.S) == min(layer.out_features, layer.in_features)
+    able = {"auto": kept or whole, "fused": whole, "gather": kept, "dense": kept or whole}
+    return [path for path, yes in able.items() if yes]
 
 
 def _cheapest_path(layer: SVFTLinear, x: Tensor) -> str:
@@ -453,11 +422,10 @@ def _cheapest_path(layer: SVFTLinear, x: Tensor) -> str:
     cost = {"fused": one * tokens * (r1 * d1 + r2 * d2) + two * tokens * column}
     cost["gather"] = cost["fused"] + one * tokens * d1 * d2
     cost["dense"] = two * tokens * d1 * d2 + one * d2 * (r1 * d1 + column)
-    paths = _paths(layer)
     # An empty product has the dtype in which products run here: autocast's, or the layer's own.
-    if layer.weight is not None and torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF:
-        paths = ["auto", "gather", "dense"]  # fused would round W0 (D14)
-    return min(paths[1:], key=cost.get)
+    half = layer.weight is not None and torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF
+    paths = [path for path in _paths(layer)[1:] if not (half and path == "fused")]  # fused would round W0 (D14)
+    return min(paths, key=cost.get)
 
 
 def _exact_delta(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
@@ -467,10 +435,9 @@ def _exact_delta(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
 
 def _exact_W0(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
     if layer.weight is not None:
-        return _exact(layer._W0())
-    r = len(layer.S)
+        return _exact(layer._layout(layer.weight.detach()))
     U, S, Vh = (_exact(t.detach()) for t in (layer.U, layer.S, layer.Vh))
-    return (U[:, :r] * S) @ Vh[:r]
+    return (U[:, : len(S)] * S) @ Vh[: len(S)]
 
 
 @torch.inference_mode(False)
@@ -478,15 +445,15 @@ def _exact_W0(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
 def _merged(layer: SVFTLinear) -> nn.Module:
     """SVFTLinear.merge."""
     _check_weight(layer.U, "U")
-    _check_alone(layer, {"weight", "bias", "U", "S", "Vh", "m"}, {"omega"})
+    _check_alone(layer, {"weight", "bias", "U", "S", "Vh", "m", "omega"})
+    _check_whole(layer)
     W0 = _exact_W0(layer)  # (d1, d2)
-    _check_whole(layer, W0)
     delta = _exact_delta(layer)  # (d1, d2)
     W = (W0 + delta).to(layer.U.dtype)  # (d1, d2)
     _check_finite(W, "merged weight")
     lost = float((W.double() - W0 - delta).norm() / delta.norm())
     if lost > 0.1:  # not for m = 0: lost is NaN
-        _warn(f"merge: rounding {tuple(W.shape)} to {W.dtype} loses {lost:.0%} of the update")
+        warnings.warn(f"merge: rounding {tuple(W.shape)} to {W.dtype} loses {lost:.0%} of the update", stacklevel=3)
     weight = layer._layout(W)
     with torch.device("meta"):  # no random weight
         plain = layer._base_type(*reversed(weight.shape))
@@ -500,7 +467,7 @@ def _merged(layer: SVFTLinear) -> nn.Module:
 
 @torch.inference_mode(False)
 def inject(
-    model: nn.Module, target_modules: str | Sequence[str], pattern: Pattern = "banded", d: int = 2, **options: Any
+    model: nn.Module, target_modules: str | Iterable[str], pattern: Pattern = "banded", d: int = 2, **options: Any
 ) -> nn.Module:
     """Replace the targets in model by SVFTLinear, in place; freeze all but the m's; return model.
 
@@ -516,12 +483,10 @@ def inject(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.m', '2.m']
     """
-    _check_unsharded(model)
     targets = _find_targets(model, target_modules)
-    seed = operator.index(options.pop("seed", 0))
 
     def adapt(name: str, base: nn.Module) -> SVFTLinear:
-        return SVFTLinear(base, pattern, d, seed=(seed + zlib.crc32(name.encode())) % 2**32, **options)
+        return SVFTLinear(base, pattern, d, **options | {"seed": options.get("seed", 0) + zlib.crc32(name.encode())})
 
     return _replace(model, targets, _for_each(targets, adapt), freeze=True)
 
@@ -535,7 +500,6 @@ def merge(model: nn.Module) -> nn.Module:
     >>> merge(inject(nn.Sequential(nn.Linear(4, 4)), ["0"]))[0]
     Linear(in_features=4, out_features=4, bias=True)
     """
-    _check_unsharded(model)
     layers = _svft_layers(model)
     new = _for_each(layers, lambda name, layer: layer.merge())
     return new[""] if isinstance(model, SVFTLinear) else _replace(model, layers, new, freeze=False)
@@ -545,7 +509,7 @@ def merge(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside `with disabled(model):` every SVFTLinear computes as if m were zero: W0 x + b. Blocks nest.
 
-    Not for several threads at once: all threads see the flag that it sets on each layer.
+    Not for several threads at once: all see the flag that it sets on each layer. A copy made inside keeps that flag.
     """
     switched = [layer for layer in _svft_layers(model).values() if not layer._disabled]
     try:
@@ -566,32 +530,30 @@ def summary(model: nn.Module) -> str:
     layers = _svft_layers(model)
     rows = [("layer", "shape", "pattern", "k", "path", "bytes", "|M|/|Sigma|")]
     base = sum(p.numel() for p in model.parameters())
-    memory = 0
+    total = 0
     for name, layer in layers.items():
+        d1, d2 = layer.out_features, layer.in_features
+        base += (layer.weight is None) * d1 * d2 - sum(t.numel() for t in (layer.U, layer.S, layer.Vh, layer.m))
         size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
-        memory += size
-        base -= sum(t.numel() for t in (layer.U, layer.S, layer.Vh, layer.m))
-        base += layer.out_features * layer.in_features if layer.weight is None else 0
-        shape = f"{layer.out_features} x {layer.in_features}"
+        total += size
         ratio = float(_exact(layer.m.detach()).norm() / _exact(layer.S.detach()).norm())
-        rows.append((name, shape, layer.pattern, f"{len(layer.m):,}", layer.path, f"{size:,}", f"{ratio:.2g}"))
+        rows.append((name, f"{d1} x {d2}", layer.pattern, f"{len(layer.m):,}", layer.path, f"{size:,}", f"{ratio:.2g}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = f"{trained / max(base, 1):.3%} of the base model's {base:,}"
-    return "\n".join([*lines, f"{len(layers)} layers, {memory:,} bytes", f"trained: {trained:,} parameters, {share}"])
+    return "\n".join([*lines, f"{len(layers)} layers, {total:,} bytes", f"trained: {trained:,} parameters, {share}"])
 
 
 WRAPPER = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")  # torch.compile's, and checkpointing's
 
 
-def _named(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of model by their own names, without torch's wrappers."""
-    _require(isinstance(model, nn.Module), "model", type(model).__name__, "an nn.Module", TypeError)
+def _named(model: nn.Module, what: str = "modules") -> dict[str, Any]:
+    """The modules, or the parameters, of model by their own names, without torch's wrappers."""
     while list(model._modules) in (["module"], ["_orig_mod"]):  # DDP's, and torch.compile's
         (model,) = model.children()
     # A wrapper and the module in it get one name; the module comes later, and wins.
-    return {WRAPPER.sub("", name).lstrip("."): module for name, module in model.named_modules()}
+    return {WRAPPER.sub("", name).lstrip("."): found for name, found in getattr(model, f"named_{what}")()}
 
 
 def _svft_layers(model: nn.Module) -> dict[str, SVFTLinear]:
@@ -602,12 +564,11 @@ def _replace(model: nn.Module, old: Mapping[str, Any], new: Mapping[str, Any], *
     """Put new[name] in place of old[name], wherever it stands in model; if freeze, freeze all but the m's."""
     swap = {id(old[name]): layer for name, layer in new.items()}
     for parent in list(model.modules()):
-        for leaf, child in parent._modules.items():
-            parent._modules[leaf] = swap.get(id(child), child)
+        parent._modules.update({leaf: swap.get(id(child), child) for leaf, child in parent._modules.items()})
     if freeze:
-        trained = {id(layer.m) for layer in _svft_layers(model).values()}  # by identity, never by name
+        trained = {id(layer.m) for layer in _svft_layers(model).values() if layer.m.requires_grad}
         for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in trained and parameter.requires_grad)
+            parameter.requires_grad_(id(parameter) in trained)  # by identity, never by name
     return model
 
 
@@ -625,136 +586,83 @@ def _for_each(layers: Mapping[str, Any], make: Callable[[str, Any], Any]) -> dic
         if now - last > 10 and len(made) < len(layers):
             last = now
             left = (now - start) / len(made) * (len(layers) - len(made))
-            log.warning("%d of %d layers, about %.0f s to go", len(made), len(layers), left)
+            logging.getLogger(__name__).warning("%d of %d layers, about %.0f s to go", len(made), len(layers), left)
     return made
 
 
 # ---------------------------------------------------------------- Which layers are targets
 
 HEADS = {"score", "classifier", "qa_outputs"}  # transformers' names of heads that each new model draws anew
-STACKED = "are stacks of weights, no layers: they stay as they are"
 
 
-def _find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+def _find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     """The modules that target_modules names (D13), in the model's order; every entry must match one."""
-    if target_modules == "all-linear":
-        return _all_linear(model)
-    rule = target_modules if isinstance(target_modules, str) else None
-    want = "a list of names, one regular expression, or 'all-linear'"
-    entries = [rule] if rule else list(target_modules)
-    kinds = all(isinstance(entry, str) for entry in entries)
-    _require(kinds, "target_modules", target_modules, want, TypeError)
-    _require(entries, "target_modules", repr(target_modules), want)
-    own = {WRAPPER.sub("", entry).lstrip("."): entry for entry in entries} if rule is None else {}
-
-    def matches(name: str) -> set[str]:
-        """The entries that match the name of a module or of a stack."""
-        if rule is not None:
-            return {rule} if re.fullmatch(rule, name) else set()
-        parts = name.split(".")
-        return {own[end] for start in range(len(parts)) if (end := ".".join(parts[start:])) in own}
-
     modules = _named(model)
-    targets = {name: module for name, module in modules.items() if matches(name)}
-    stacks = [name for name in _stacks(modules) if matches(name)]
-    found = set().union(*map(matches, targets))
-    missing = [entry for entry in entries if entry not in found]
-    if missing:
-        hint = f"; to match ends of names, pass [{rule!r}]" if rule else ""
-        beside = f"; {_list(stacks)} {STACKED}" if stacks else ""
-        linear = [name for name, module in modules.items() if _is_base(module)]
-        _require(False, "target_modules", f"{missing}, which matches nothing{hint}{beside}", f"among {_list(linear)}")
-    _for_each(targets, _checker(model))
-    if stacks:
-        _warn(f"target_modules: {_list(stacks)} {STACKED}")
-    return targets
-
-
-def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can be taken; one warning names the others."""
-    modules = _named(model)
-    check = _checker(model)
-    heads = [m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")]
-    adapters = {name for name, module in modules.items() if hasattr(module, "base_layer")}
-    targets: dict[str, nn.Module] = {}
-    left: list[str] = []
-    for name, module in modules.items():
-        if not isinstance(module, nn.Linear | nn.MultiheadAttention) and not _is_base(module):
-            continue
-        if any(module is head for head in heads):
-            continue
-        parts = name.split(".")
-        inside = {".".join(parts[:end]) for end in range(len(parts))}  # the names of the modules around it
-        if not HEADS.intersection(parts) and not adapters & inside:
-            with contextlib.suppress(TypeError, ValueError):
-                check(name, module)
-                targets[name] = module
-        if name not in targets:
+    parameters = _named(model, "parameters").items()  # a stack of weights, as a mixture's experts: no convolution's
+    stacks = [name for name, p in parameters if p.ndim == 3 and len(p) > 1 and "weight" not in name]
+    everything = target_modules == "all-linear"
+    one = isinstance(target_modules, str)
+    wanted = {target_modules} if one else {WRAPPER.sub("", entry).lstrip(".") for entry in target_modules}
+    if everything:
+        outputs = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
+        linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.MultiheadAttention) or _is_base(m)]
+        hits = {name: wanted for name in linear if id(modules[name]) not in outputs} | dict.fromkeys(stacks, wanted)
+    elif one:
+        hits = {name: wanted for name in (*modules, *stacks) if re.fullmatch(target_modules, name)}
+    else:
+        hits = {name: wanted.intersection(_ends(name)) for name in (*modules, *stacks)}
+    targets = {name: module for name, module in modules.items() if hits.get(name)}
+    left = [name for name in stacks if hits.get(name)]
+    check = _checker(model, everything)
+    for name, module in list(targets.items()):
+        try:
+            _for_each({name: module}, check)
+        except (TypeError, ValueError):
+            if not everything:
+                raise
+            del targets[name]
             left.append(name)
-    left += _stacks(modules)
-    why = "they are new heads or cannot be adapted: name one in a list to see why"
-    there = _list(left) if left else sorted({type(module).__name__ for module in modules.values()})[:8]
-    done = any(isinstance(module, SVFTLinear) for module in modules.values())
-    what = "an SVFTLinear in every place already" if done else f"no layer to take, but {there}"
-    _require(targets, "target_modules", f"'all-linear' and {what}", f"an nn.Linear or Conv1D; {why}")
-    if left:
-        _warn(f"target_modules: 'all-linear' leaves out {_list(left)}: {why}")
+    _warn(left, "stay as they are: stacks of weights, new heads, or what cannot be adapted (name one to see why)")
+    missing = sorted(wanted.difference(*map(hits.get, targets)))
+    kinds = Counter(type(module).__name__ for module in modules.values()).most_common(8)
+    there = f"{_list([name for name, m in modules.items() if _is_base(m)])} in {kinds}, left out {_list(left)}"
+    want = f"ends of names in a list, or one regular expression for whole names; there are {there}"
+    _require(targets and not missing, "target_modules", f"{missing}, which matches no layer to take", want)
     return targets
 
 
-def _stacks(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The names of the parameters that are several matrices, such as the experts of a mixture."""
-    no_stacks = nn.modules.conv._ConvNd | nn.utils.parametrize.ParametrizationList
-    return [
-        f"{name}.{leaf}".lstrip(".")
-        for name, module in modules.items()
-        for leaf, p in module._parameters.items()
-        if p is not None and p.ndim == 3 and len(p) > 1 and not isinstance(module, no_stacks)
-    ]
+def _ends(name: str) -> Iterable[str]:  # of a.b.c: c, b.c and a.b.c
+    return itertools.accumulate(reversed(name.split(".")), lambda end, part: f"{part}.{end}")
 
 
-def _checker(model: nn.Module) -> Callable[[str, nn.Module], Any]:
-    """A function of (name, base) that raises unless an SVFTLinear can take base's place in model."""
+def _checker(model: nn.Module, everything: bool = False) -> Callable[[str, nn.Module], Tensor]:
+    """A function of (name, base) that returns W0 (d1, d2), or raises if no SVFTLinear can take base's place."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    bypassed: set[int] = set()  # ids of the modules whose forward their parent does not call
-    for module in model.modules():
+    out: set[int] = set()  # the ids of modules
+    for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) or hasattr(module, "_orig_mod"):
-            bypassed.update(map(id, module.children()))
+            out.update(map(id, module.children()))  # it calls no child's forward
+        if everything and (hasattr(module, "base_layer") or name.rpartition(".")[2] in HEADS):
+            out.update(map(id, module.modules()))  # in another adapter, or in a head that each new model draws anew
 
-    def check(name: str, base: nn.Module) -> None:
+    def check(name: str, base: nn.Module) -> Tensor:
+        shared = uses[id(getattr(base, "weight", None))] > 1
+        _require(not shared, "weight", "one in two places (tied, or one layer twice)", "one of its own")
+        _require(id(base) not in out, "base", "one whose forward its parent bypasses", "one that is called")
         _require(base is not model, "base", "the model itself", "a layer inside it: use SVFTLinear(model)")
-        _check_base(base)
-        inner = "a part of a module that bypasses its forward"
-        _require(id(base) not in bypassed, "base", inner, "a layer whose forward is called")
-        if uses[id(base.weight)] > 1:
-            names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
-            _require(False, "weight", f"one that stands at {_list(names)} (tied, or one layer twice)", "its own weight")
+        return _check_base(base)
 
     return check
 
 
 def _is_base(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind is nn.Linear or (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils")
+    return type(module) is nn.Linear or str(type(module)) == "<class 'transformers.pytorch_utils.Conv1D'>"
 
 
 # ---------------------------------------------------------------- Files: .npz archives, which anyone can open
 
 FORMAT = "svft 3"  # of the adapter and cache files
-PARTS = ("omega", "m", "probes", "shape", "pattern")  # of each layer in an adapter file
-
-
-class _Entry(NamedTuple):
-    """What an adapter file says of one layer."""
-
-    omega: Tensor  # (2, k), int64
-    m: Tensor  # (k,), float32 or float64
-    probes: Tensor  # (16,), float64: a^T Delta W b
-    shape: Tensor  # (3,), int64: d1, d2 and the length of S
-    pattern: str
-
-    def sizes(self) -> list[int]:  # d1, d2, rank, k
-        return [*self.shape.tolist(), len(self.m)]
+PARTS = ("omega", "m", "probes", "shape", "pattern")  # of each layer in an adapter file: see save_adapter
 
 
 def save_adapter(model: nn.Module, path: StrPath) -> None:
@@ -772,23 +680,15 @@ def save_adapter(model: nn.Module, path: StrPath) -> None:
     _require(new, "path", repr(str(path)), "a regular file in a folder that exists", OSError)
     layers = _svft_layers(model)
     _require(layers, "model", "one without an SVFTLinear", "an injected model")
-    other = []
-    for name, module in _named(model).items():
-        inside = ("weight", "U", "S", "Vh", "m") if isinstance(module, SVFTLinear) else ()
-        leaves = [leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad]
-        other += [f"{name}.{leaf}".lstrip(".") for leaf in leaves if leaf not in inside]
-    if other:
-        _warn(f"save_adapter: {_list(other)} train too and are not in the file: save them yourself")
+    inside = {id(p) for layer in layers.values() for leaf, p in layer.named_parameters() if leaf != "bias"}
+    other = [name for name, p in _named(model, "parameters").items() if p.requires_grad and id(p) not in inside]
+    _warn(other, "train too and are not in the file: save them yourself")
     entries = _for_each(layers, lambda name, layer: _entry_of(layer))
-    zero = [name for name, entry in entries.items() if not entry.m.any()]
-    if zero:
-        which = "every m" if len(zero) == len(layers) else f"m of {_list(zero)}"
-        why = "was the optimizer made before inject, or does a parent use layer.weight instead of calling the layer?"
-        _warn(f"save_adapter: {which} is still zero: {why}")
+    zero = [name for name, entry in entries.items() if not entry["m"].any()]
+    _warn(zero, "have an m that is still zero: was the optimizer made before inject? does a parent read layer.weight?")
     ties = [name for name, layer in layers.items() if layer.S.dtype not in HALF and _has_ties(layer.S)]
-    if ties:
-        _warn(f"save_adapter: {_list(ties)} have equal singular values: move a state_dict instead")
-    arrays = {f"{name}/{part}": value for name, entry in entries.items() for part, value in entry._asdict().items()}
+    _warn(ties, "have equal singular values: move a state_dict instead of the file")
+    arrays = {f"{name}/{part}": value for name, entry in entries.items() for part, value in entry.items()}
     _write(file, np.savez_compressed, {"format": FORMAT, **arrays})
 
 
@@ -803,106 +703,89 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     does not use, or of singular values alone; m = 0 fits every base. Raises ValueError or TypeError, naming the layer;
     OSError if the file cannot be opened. Make the optimizer, DDP and torch.compile afterwards.
     """
-    _check_unsharded(model)
-    entries = _read_adapter(Path(path))
+    files = _read_adapter(Path(path))
     modules = _named(model)
     layers = _svft_layers(model)
-    unknown = [name for name in entries if name not in modules]
-    _require(not unknown, path, f"layers {_list(unknown)}", "only layers that the model has")
-    missing = [name for name in layers if name not in entries]
-    _require(not missing, path, f"nothing for {_list(missing)}", "an entry for every SVFTLinear of the model")
+    alone = sorted(files.keys() - modules.keys() | layers.keys() - files.keys())
+    _require(not alone, path, f"layers {_list(alone)} in one of file and model alone", "one entry for each SVFTLinear")
+    check = _checker(model)
+    entries = _for_each(files, lambda name, arrays: _entry_for(name, modules[name], arrays, check))
     plain = {name: modules[name] for name in entries if name not in layers}
-    _for_each(plain, _checker(model))
-    _for_each(entries, lambda name, entry: _check_sizes(modules[name], entry))
 
     def adapt(name: str, base: nn.Module) -> SVFTLinear:
-        return SVFTLinear(base, entries[name].omega, rank=int(entries[name].shape[2]), cache_dir=cache_dir)
+        return SVFTLinear(base, entries[name]["omega"], rank=int(entries[name]["shape"][2]), cache_dir=cache_dir)
 
     new = _for_each(plain, adapt)
     layers |= new
     _for_each(entries, lambda name, entry: _check_update(layers[name], entry))
-    with torch.no_grad():
-        for name, entry in entries.items():
-            layers[name].omega.copy_(entry.omega)
-            layers[name].m.copy_(entry.m)  # the same Parameter: an optimizer may hold it
-            layers[name].m.grad = None
-            layers[name].pattern = entry.pattern
+    for name, entry in entries.items():
+        layers[name].omega.copy_(entry["omega"])
+        layers[name].m.data.copy_(entry["m"])  # the same Parameter: an optimizer may hold it
+        layers[name].pattern = entry["pattern"]
     return _replace(model, plain, new, freeze=bool(plain))
 
 
-def _read_adapter(path: Path) -> dict[str, _Entry]:
-    """The entries of an adapter file by name. All of it is checked, nothing in it is executed."""
+def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of an adapter file by layer. Nothing in it is executed; its names are checked before it is read."""
     path.stat()  # raises OSError, which names the file
     try:
         arrays = _read(path, lambda key: key == "format" or key.rpartition("/")[2] in PARTS)
         _require(str(arrays.pop("format")) == FORMAT, "format", "another one", repr(FORMAT))
         names = dict.fromkeys(key.rpartition("/")[0] for key in arrays)
-        _require(names and len(arrays) == len(PARTS) * len(names), "parts", _list(arrays), f"{PARTS} for each layer")
-        entries = {}
-        for name in names:
-            tensors = [torch.from_numpy(arrays[f"{name}/{part}"]).contiguous() for part in PARTS[:-1]]
-            label = arrays[f"{name}/pattern"]
-            _require(label.ndim == 0 and label.dtype.kind == "U", "pattern", f"{label.dtype} {label.shape}", "one text")
-            entries[name] = _Entry(*tensors, str(label))
-        _for_each(entries, lambda name, entry: _check_entry(entry))
-        return entries
+        _require(names, "names", "no layer", f"{PARTS} for each")
+        return {name: {part: arrays[f"{name}/{part}"] for part in PARTS} for name in names}
     except Exception as error:  # whatever zipfile, numpy or a foreign content may raise
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: got no whole adapter file, want one of format {FORMAT!r} ({reason})") from error
+        raise ValueError(f"{path}: got no whole adapter file, want one of format {FORMAT!r} ({error!r})") from error
 
 
-def _check_entry(entry: _Entry) -> None:
-    omega, m, probes, shape, pattern = entry
-    kinds = [(t.dtype, tuple(t.shape)) for t in (omega, m, probes, shape)]
-    wide = torch.float64 if m.dtype == torch.float64 else torch.float32
-    want = [(torch.int64, (2, m.numel())), (wide, (m.numel(),)), (torch.float64, (16,)), (torch.int64, (3,))]
-    _require(kinds == want and len(pattern) < 100, PARTS, (kinds, pattern[:100]), want)
-    d1, d2, r = shape.tolist()
-    _require(1 <= r <= min(d1, d2), "shape", (d1, d2, r), "1 <= r <= d1, d2")
-    _check_omega(omega, r, r)
-    _check_finite(m, "m")
-    _check_finite(probes, "probes")
-
-
-def _check_sizes(layer: nn.Module, entry: _Entry) -> None:
-    """Refuse a layer whose sizes are not the entry's. A plain layer gets the entry's rank and k."""
+def _entry_for(name: str, layer: nn.Module, arrays: dict, check: Callable[[str, nn.Module], Tensor]) -> dict[str, Any]:
+    """A layer's entry as tensors; refuses arrays of other kinds and sizes. A plain layer gets the file's rank and k."""
+    omega, m, probes, shape, pattern = arrays.values()
+    kinds = [(str(a.dtype), a.shape) for a in (omega, m, probes, shape)] + [(pattern.dtype.kind, pattern.shape)]
+    wide = "float64" if m.dtype == np.float64 else "float32"
+    want = [("int64", (2, m.size)), (wide, (m.size,)), ("float64", (16,)), ("int64", (3,)), ("U", ())]
+    fit = kinds == want and pattern.itemsize < 400 and shape[2] <= shape[:2].min()
+    _require(fit, "no whole adapter file", [*kinds, *shape.flat], want)
+    _require(np.isfinite(m).all() and np.isfinite(probes).all(), "m, probes", "NaN or inf", "finite values")
+    sizes = [*shape.tolist(), len(m)]
     if isinstance(layer, SVFTLinear):
         _check_weight(layer.U, "U")
         own = [layer.out_features, layer.in_features, len(layer.S), len(layer.m)]
     else:
-        own = [*_check_base(layer).shape, *entry.sizes()[2:]]
-    why = "an optimizer or DDP would go on with the old m: load into a plain model, then make the optimizer"
-    _require(own == entry.sizes(), "d1, d2, rank, k", own, f"{entry.sizes()}, the file's; {why}")
+        own = [*check(name, layer).shape, *sizes[2:]]
+    _require(own == sizes, "d1, d2, rank, k", own, f"the file's {sizes} (for another k load into a plain model)")
+    tensors = {part: torch.from_numpy(array) for part, array in arrays.items() if part != "pattern"}
+    _check_omega(tensors["omega"], sizes[2], sizes[2])
+    return {**tensors, "pattern": str(pattern)}
 
 
-def _check_update(layer: SVFTLinear, entry: _Entry) -> None:
+def _check_update(layer: SVFTLinear, entry: Mapping[str, Any]) -> None:
     """Refuse an m that would be another update on this layer's bases."""
-    _check_finite(entry.m.to(layer.m.dtype), "m")
-    size = entry.probes.abs().max()
-    error = (_probes(entry.omega, entry.m, layer.U, layer.Vh) - entry.probes).abs().max()
+    _check_finite(entry["m"].to(layer.m.dtype), "m")
+    size = entry["probes"].abs().max()
+    error = (_probes(entry["omega"], entry["m"], layer.U, layer.Vh) - entry["probes"]).abs().max()
     got = f"an update that differs from the saved one by {float(error / size):.2g}, relatively"
-    why = "another base model; equal singular values (move a state_dict instead); a base rounded to another dtype ("
-    _require(error <= 1e-2 * size, "m", got, f"at most 0.01: {why}load in the dtype of training, merge, then convert)")
+    why = "another base, equal singular values, or one rounded to another dtype: load in that of training, then convert"
+    _require(error <= 1e-2 * size, "m", got, f"at most 0.01 ({why})")
 
 
 def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
     """a^T (U M V^T) b, (16,), float64, for 16 random pairs a (d1,), b (d2,) that numpy draws alike on every machine."""
     random = np.random.RandomState(0)
     U, Vh, m = (_exact(t.detach()) for t in (U, Vh, m))
-    aU = torch.from_numpy(random.standard_normal((16, len(U)))).to(U.device) @ U  # (16, r1)
-    bV = torch.from_numpy(random.standard_normal((16, Vh.shape[1]))).to(U.device) @ Vh.T  # (16, r2)
+    a, b = (torch.from_numpy(random.standard_normal((16, d))).to(U.device) for d in (len(U), Vh.shape[1]))
     i, j = omega.to(U.device)
-    return ((aU[:, i] * bV[:, j]) @ m.to(U.device)).cpu()
+    return (((a @ U)[:, i] * (b @ Vh.T)[:, j]) @ m.to(U.device)).cpu()
 
 
-def _entry_of(layer: SVFTLinear) -> _Entry:
-    _check_whole(layer, _exact_W0(layer))
+def _entry_of(layer: SVFTLinear) -> dict[str, Any]:
+    _check_whole(layer)
     thin = layer.U.shape[1] == len(layer.Vh)  # the full SVD has extra columns, which are arbitrary
     _require(thin, "full_matrices", "the full SVD of a rectangular weight", "the thin one: save a state_dict")
     m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu()
     shape = torch.tensor([layer.out_features, layer.in_features, len(layer.S)])
     probes = _probes(layer.omega, layer.m, layer.U, layer.Vh)
-    return _Entry(layer.omega.cpu(), m, probes, shape, layer.pattern)
+    return dict(zip(PARTS, (layer.omega.cpu(), m, probes, shape, layer.pattern), strict=True))
 
 
 def _has_ties(S: Tensor) -> bool:
@@ -913,17 +796,12 @@ def _has_ties(S: Tensor) -> bool:
 
 def _cached_svd(folder: Path, weight: Tensor, rank: int | None, full_matrices: bool) -> SVD:
     """The SVD from its file in folder, or computed and written there. A file that is not whole is written anew."""
-    n = min(weight.shape)
-    r = n if rank is None else min(rank, n)
-    r1, r2 = weight.shape if full_matrices else (r, r)
-    key = hashlib.sha256(f"{FORMAT} {weight.dtype} {tuple(weight.shape)} {r1} {r2} ".encode())
+    key = hashlib.sha256(f"{FORMAT} {weight.dtype} {tuple(weight.shape)} {rank} {full_matrices}".encode())
     key.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     file = folder / f"{key.hexdigest()}.npz"
     with contextlib.suppress(Exception):  # a file that is missing, short, damaged or foreign
         arrays = _read(file, SVD._fields.__contains__)
         svd = SVD(*(torch.from_numpy(arrays[name]).to(weight.device) for name in SVD._fields))
-        found = (svd.U.shape[1], len(svd.Vh), svd.U.dtype)
-        _require(found == (r1, r2, _wide(weight.dtype)), "svd", found, "the sizes and dtype asked for")
         _check_svd(svd, weight)
         return svd
     svd = compute_svd(weight, rank=rank, full_matrices=full_matrices)
@@ -931,7 +809,7 @@ def _cached_svd(folder: Path, weight: Tensor, rank: int | None, full_matrices: b
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, np.savez, {name: t.cpu() for name, t in svd._asdict().items()})
     except OSError:  # the text names the folder alone, so Python says it once
-        _warn(f"cache_dir: cannot write in {str(folder)!r}; going on without")
+        warnings.warn(f"cache_dir: cannot write in {str(folder)!r}; going on without", stacklevel=3)
     return svd
 
 
@@ -939,19 +817,17 @@ def _read(path: Path, known: Callable[[str], bool]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Names that are not known, or come twice, are refused before anything is read."""
     with np.load(path, allow_pickle=False, mmap_mode="r") as archive:  # an .npy file is mapped, then no archive
         names = archive.files
-        once = len(set(names)) == len(names)
-        _require(once and all(map(known, names)), "names", _list(names), "those of this format, each once")
+        fit = len({*names}) == len(names) and all(map(known, names))
+        _require(fit, "names", _list(names), "those of this format, each once")
         return {name: archive[name] for name in names}  # zipfile checks each CRC
 
 
 def _write(file: Path, save: Callable[..., None], arrays: Mapping[str, Any]) -> None:
     """Write a file whole or not at all, also if several processes write the same one."""
-    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = file.with_name(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
     try:
         with open(temporary, "xb") as stream:
             save(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error  # with the name that the user knows
@@ -967,52 +843,41 @@ def _require(ok: Any, name: Any, got: Any, want: Any, error: type[Exception] = V
         raise error(f"{name}: got {got}, want {want}")
 
 
-def _list(names: Iterable[str]) -> str:
-    names = list(names)
+def _kind(t: Any) -> str:
+    return f"{type(t).__name__} {tuple(t.shape)} of {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t)[:100]
+
+
+def _list(names: Sequence[str]) -> str:
     return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
-
-
-def _check_unsharded(model: nn.Module) -> None:
-    """Refuse what FSDP has sharded, also while its weights happen to be gathered."""
-    kinds = {kind.__name__ for module in _named(model).values() for kind in type(module).__mro__}
-    sharded = kinds & {"FSDPModule", "FullyShardedDataParallel"}
-    _require(not sharded, "model", "a sharded one", "a plain one: save_adapter, then load into that", TypeError)
+def _warn(names: list[str], what: str) -> None:
+    if names:
+        warnings.warn(f"{_list(names)} {what}", stacklevel=3)
 
 
 def _check_base(base: nn.Module) -> Tensor:
     """base's weight as W0 (d1, d2); raises unless an SVFTLinear can take base's place."""
-    _require(
-        not isinstance(base, SVFTLinear), "base", "an SVFTLinear already", "a plain layer: merge it first", TypeError
-    )
-    kind = f"{type(base).__module__}.{type(base).__qualname__}"
-    _require(_is_base(base), "base", kind, "exactly nn.Linear or Hugging Face's Conv1D", TypeError)
-    _check_alone(base, {"weight", "bias"}, set())
+    _require(_is_base(base), "base", type(base), "exactly nn.Linear or Conv1D of transformers, not adapted", TypeError)
+    _check_alone(base, {"weight", "bias"})
     _check_weight(base.weight)
     return base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T
 
 
-def _check_alone(layer: nn.Module, parameters: set[str], buffers: set[str]) -> None:
+def _check_alone(layer: nn.Module, parts: set[str]) -> None:
     """Refuse a layer with anything on it that its replacement would not have."""
-    forward = type(layer).forward.__get__(layer)
-    hooks = any(kind.endswith("_hooks") and found for kind, found in vars(layer).items())
-    lost = "them removed: they would be lost"
-    extra = {*layer._parameters} - parameters | {*layer._buffers} - buffers | {*layer._modules}
-    _require(not extra, "layer", f"parts of its own: {sorted(extra)}", lost, TypeError)
-    _require(not hooks and layer.forward == forward, "layer", "hooks or a forward of its own on it", lost)
+    extra = {*layer._parameters, *layer._buffers, *layer._modules} - parts
+    extra |= {kind for kind, found in vars(layer).items() if kind.endswith("_hooks") and found}
+    extra |= {"forward"} if layer.forward != type(layer).forward.__get__(layer) else set()
+    _require(not extra, "layer", f"{sorted(extra)} of its own", "them removed: they would be lost", TypeError)
 
 
 def _check_weight(weight: Tensor, name: str = "weight") -> None:
-    want = "a dense matrix of float16, bfloat16, float32 or float64, not empty, in memory (offloaded? remove the hooks)"
-    if not isinstance(weight, Tensor):
-        _require(False, name, type(weight).__name__, want, TypeError)
-    got = f"{type(weight).__name__} {tuple(weight.shape)} of {weight.dtype} on {weight.device}, {weight.layout}"
-    dense = weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
-    _require(dense and weight.dtype in (*HALF, torch.float32, torch.float64), name, got, want, TypeError)
-    _require(weight.ndim == 2 and weight.numel() and not weight.is_meta, name, got, want)
+    dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
+    fit = dense and weight.dtype in (*HALF, torch.float32, torch.float64)
+    size = fit and weight.ndim == 2 and weight.numel() and not weight.is_meta
+    want = "a dense matrix of floats, not empty, in memory (offloaded? remove the hooks; sharded? use a plain model)"
+    _require(size, name, _kind(weight), want, ValueError if fit else TypeError)
     _check_finite(weight, name)
 
 
@@ -1022,66 +887,52 @@ def _check_finite(t: Tensor, name: str) -> None:
 
 
 @torch.no_grad()
-def _check_svd(svd: SVD, W0: Tensor, dtype: torch.dtype | None = None, name: str = "svd", advice: str = "") -> None:
-    """Refuse factors that are no SVD of W0 (d1, d2) to 2e-5, or to dtype's rounding (the finer of theirs and W0's).
+def _check_svd(svd: SVD, W0: Tensor) -> None:
+    """Refuse factors that are no SVD of W0 (d1, d2) to 2e-5, or to the rounding of the finer dtype of theirs and W0's.
 
     In float64 on random vectors (Freivalds' check): O(d1 d2) multiply-adds; the products themselves take O(n d1 d2).
     """
     tensors = isinstance(svd, tuple) and len(svd) == 3 and all(isinstance(t, Tensor) for t in svd)
-    _require(tensors, name, type(svd).__name__, "an SVD(U, S, Vh) of tensors", TypeError)
-    limit = max(2e-5, 1.5 * torch.finfo(dtype or torch.promote_types(W0.dtype, svd[0].dtype)).eps)
+    _require(tensors, "svd", type(svd).__name__, "an SVD(U, S, Vh) of tensors", TypeError)
+    limit = max(2e-5, 1.5 * torch.finfo(torch.promote_types(W0.dtype, svd[0].dtype)).eps)
     W = _exact(W0)  # (d1, d2)
     U, S, Vh = (_exact(t).to(W.device) for t in svd)
+    fit = (U.ndim, S.ndim, Vh.ndim) == (2, 1, 2) and (len(U), Vh.shape[1]) == W.shape
     shapes = [tuple(t.shape) for t in svd]
-    n = len(S) if S.ndim == 1 else 0
-    fit = list(map(len, shapes)) == [2, 1, 2] and (len(U), Vh.shape[1]) == W.shape
-    fit = fit and n == min(U.shape[1], len(Vh)) > 0
-    _require(fit, name, f"shapes {shapes}", f"(d1, r1), (min(r1, r2),), (r2, d2) of {tuple(W.shape)}")
-    top = S.abs().max().clamp(min=1e-300)  # a weight's scale does not matter
-    S = S / top
-    random = np.random.RandomState(0)
-
-    def vector(length: int) -> Tensor:  # no entry is small: an error in any of them shows in full
-        sizes = random.uniform(1, 2, length) * random.choice([-1.0, 1.0], length)
-        return torch.from_numpy(sizes).to(W.device)
-
-    a = vector(U.shape[1])
-    b = vector(len(Vh))
+    _require(fit and len(S) == min(U.shape[1], len(Vh)) > 0, "svd", shapes, "shapes (d1, r1), (min(r1, r2),), (r2, d2)")
+    random = np.random.RandomState(0)  # no entry of a and b is small: an error in any of theirs shows in full
+    signs = (random.uniform(1, 2, r) * random.choice([-1.0, 1.0], r) for r in (U.shape[1], len(Vh)))
+    a, b = (torch.from_numpy(t).to(W.device) for t in signs)  # (r1,), (r2,)
     laws = {
         "Sigma sorted, >= 0": (S, S.abs().sort(descending=True).values),
         "U^T U = I": (U.T @ (U @ a), a),
         "V^T V = I": (Vh @ (Vh.T @ b), b),
-        "W0 V = U Sigma": ((W / top) @ (Vh.T @ b), U[:, :n] @ (S * b[:n])),
-        "W0^T U = V Sigma": ((W / top).T @ (U @ a), Vh[:n].T @ (S * a[:n])),
+        "W0 V = U Sigma": (W @ (Vh.T @ b), U[:, : len(S)] @ (S * b[: len(S)])),
+        "W0^T U = V Sigma": (W.T @ (U @ a), Vh[: len(S)].T @ (S * a[: len(S)])),
     }
+    why = "another weight's (changed or reloaded?), of another dtype (train, load and merge in one), or averaged"
     for law, (left, right) in laws.items():
         error = (left - right).norm()
-        got = f"factors with a relative error of {float(error / right.norm()):.1g} in {law}"
-        _require(error <= limit * right.norm(), name, got, f"at most {limit:.0g}{advice}")  # nor if it is NaN
+        got = f"U, S, Vh with a relative error of {float(error / right.norm()):.1g} in {law}"
+        _require(error <= limit * right.norm(), "svd", got, f"at most {limit:.0g}; they are {why}")  # nor if it is NaN
 
 
-def _check_whole(layer: SVFTLinear, W0: Tensor) -> None:
-    """Refuse a layer whose parts no longer belong together. W0: (d1, d2), float64."""
+def _check_whole(layer: SVFTLinear) -> None:
+    """Refuse a layer whose parts no longer belong together."""
     _check_omega(layer.omega, layer.U.shape[1], len(layer.Vh))
     _require(layer.m.shape == layer.omega[0].shape, "m", tuple(layer.m.shape), tuple(layer.omega[0].shape))
     _check_finite(_exact(layer.m.detach()), "m")
-    advice = (
-        ": did W0 change or get reloaded after inject, was the model converted to another dtype (train, load and merge"
-        " in one dtype), were U or Vh trained by an older version, or averaged?"
-    )
-    _check_svd(SVD(layer.U, layer.S, layer.Vh), W0, layer.U.dtype, "U, S, Vh", advice)
+    _check_svd(SVD(layer.U, layer.S, layer.Vh), _exact_W0(layer).to(layer.U.dtype))
 
 
-def _check_omega(omega: Tensor, r1: float = math.inf, r2: float = math.inf) -> Tensor:
+def _check_omega(omega: Tensor, r1: float = float("inf"), r2: float = float("inf")) -> Tensor:
     """omega, if it is an int64 (2, k) with k >= 1, 0 <= i < r1, 0 <= j < r2, strictly ascending by (i, j)."""
-    dtype = omega.dtype if isinstance(omega, Tensor) else type(omega).__name__
-    _require(dtype == torch.int64, "omega", dtype, "an int64 tensor", TypeError)
-    shape = tuple(omega.shape)
-    _require(len(shape) == 2 and shape[0] == 2 and shape[1] > 0, "omega", f"shape {shape}", "(2, k) with k >= 1")
-    low, high = omega.amin(1).tolist(), omega.amax(1).tolist()
-    fit = min(low) >= 0 and high[0] < r1 and high[1] < r2
-    _require(fit, "omega", f"i, j from {low} to {high}", f"0 <= i < {r1} and 0 <= j < {r2}")
+    integers = isinstance(omega, Tensor) and omega.dtype == torch.int64
+    _require(integers, "omega", _kind(omega), "an int64 tensor", TypeError)
+    _require(omega.numel() and omega.shape == (2, omega.numel() // 2), "omega", _kind(omega), "(2, k) with k >= 1")
     i, j = omega
+    inside = omega.min() >= 0 and i.max() < r1 and j.max() < r2
+    _require(inside, "omega", f"{omega.amin(1).tolist()} to {omega.amax(1).tolist()}", f"0 <= i < {r1}, 0 <= j < {r2}")
     ascending = ((i.diff() > 0) | (i.diff() == 0) & (j.diff() > 0)).all()
     _require(ascending, "omega", "unsorted or repeated positions", "each once, sorted by i, then j")
     return omega
