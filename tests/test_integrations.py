@@ -4,6 +4,8 @@ What needs transformers, accelerate or peft is skipped without them: `pip instal
 """
 
 import copy
+import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -13,18 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from hypothesis import given
+from test_documents import README, python_blocks, stand_in
 from torch import nn
 
 import svft
 from svft import SVD, SVFTLinear, compute_svd, omega_random
-from test_svft import PATHS, Conv1D, adapted, layers, mlp, near, plain_layer, randomize
+from test_svft import PATHS, Conv1D, adapted, layers, mlp, near, plain_layer, randomize, steps
 
-FSDP_ON_THE_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # torch 2.6 does not have it
+FSDP_DTYPES = [torch.bfloat16, torch.float32] if torch.__version__ >= "2.7" else []  # torch 2.6 has no FSDP2 on the CPU
 HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
-START = "spawn"  # a fork of a process that has run several threads may wait for one of them for ever
-in_processes = torch.multiprocessing.start_processes  # raises if one of them does
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -71,15 +72,6 @@ class TestTransformers:
 
 
 class TestTheirNeighbours:
-    @pytest.mark.filterwarnings("ignore::FutureWarning")
-    def test_the_layers_of_another_adapter_are_left_out(self, tiny):
-        """PEFT's lora_A and lora_B are nn.Linear, and one of them is zero: "all-linear" leaves both alone."""
-        peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(tiny("llama")[0], peft.LoraConfig(target_modules=["q_proj"]))
-        with pytest.warns(UserWarning, match="lora_A"):
-            names = adapted(svft.inject(model, "all-linear"))
-        assert len(names) == 12 and not any("q_proj" in name for name in names)
-
     def test_weights_that_accelerate_has_offloaded_are_refused_and_work_once_they_are_back(self, tmp_path):
         """Before inject or after it. Then remove_hook_from_module, which leaves a bound forward behind."""
         accelerate = pytest.importorskip("accelerate")
@@ -98,66 +90,82 @@ class TestTheirNeighbours:
 # ---------------------------------------------------------------- several processes
 
 
-def steps(model, shard=slice(None)):
-    """Train on four batches, or on a part of each."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for seed in range(4):
-        optimizer.zero_grad()
-        (model(torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))[shard]) - 1).square().mean().backward()
-        optimizer.step()
-    return model
-
-
-def in_a_group(rank, folder, work, *args):
-    """A process of a gloo group, with one thread: a fork does not have the threads of the one that made it."""
+def one_of_two(rank, folder, tiny):
+    """A process of a gloo group of two: DDP, then FSDP2. Each takes its half of every batch."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    work(rank, folder, *args)
+    wrapper = nn.parallel.DistributedDataParallel(svft.inject(mlp(), ["0", "2", "4"]))
+    wrapper.register_forward_pre_hook(lambda _, inputs: inputs[0].chunk(2)[rank])
+    steps(wrapper)
+    if rank == 0:
+        svft.save_adapter(wrapper, folder / "ddp.npz")
+    for dtype in FSDP_DTYPES if tiny else ():
+        os.makedirs(folder / str(dtype), exist_ok=True)
+        os.chdir(folder / str(dtype))
+        with_fsdp(rank, tiny, dtype)
     torch.distributed.barrier()  # no process leaves while the other still reads from it
     torch.distributed.destroy_process_group()
 
 
-def one_of_two(rank, folder):
-    """DDP, then FSDP2. Each process takes its half of every batch."""
-    half = slice(4 * rank, 4 * rank + 4)
-    wrapper = steps(nn.parallel.DistributedDataParallel(svft.inject(mlp(), ["0", "2", "4"])), half)
-    if rank == 0:
-        svft.save_adapter(wrapper, folder / "ddp.npz")
-    if FSDP_ON_THE_CPU:
-        with_fsdp(half, folder / "fsdp.npz")
+def train_tiny(model, halves):
+    """Three steps of plain gradient descent on two sequences, or on one of them."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    ids = torch.arange(3, 19).view(2, 8)[halves]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model
 
 
-def with_fsdp(half, path):
+def with_fsdp(rank, tiny, dtype):
+    """README's block, here in its own dtype or in another. Then what a sharded model is refused."""
+    import transformers
     from torch.distributed.fsdp import fully_shard
 
-    model = svft.inject(mlp(width=64), ["0", "2", "4"])
-    whole = {n: p.numel() for n, p in model.named_parameters()}
-    for module in (model[0], model[2], model[4], model):
-        fully_shard(module)
-    for name, p in model.named_parameters():
-        assert abs(p.to_local().numel() - whole[name] / 2) <= whole[name] / p.shape[0], name  # half, to one row
-    svft.save_adapter(steps(model, half), path)  # on every rank
-    plain, at_root = mlp(), svft.inject(mlp(width=64), ["0", "2", "4"])
+    def train():
+        for name, p in names["model"].named_parameters():
+            assert abs(p.to_local().numel() - p.numel() / 2) <= p.numel() / p.shape[0], name  # half, to one row
+        train_tiny(names["model"], slice(rank, rank + 1))
+
+    transformers.AutoModelForCausalLM.from_pretrained = stand_in(tiny)
+    torch.distributed.init_process_group = lambda: None  # done already, on the CPU
+    names = {"svft": svft, "torch": torch, "AutoModelForCausalLM": transformers.AutoModelForCausalLM, "train": train}
+    (block,) = [block for block in python_blocks(README) if "fully_shard" in block]
+    assert block.count("...  #") == 1
+    exec(block.replace("...  #", "train()  #").replace("torch.bfloat16", str(dtype)), names)
+    plain, at_root = mlp(), svft.inject(mlp(), ["0", "2", "4"])
     for root in (plain, at_root):
         fully_shard(root)(torch.randn(2, 5))  # its weights stay gathered: plain tensors, for the time being
-    merge, load, inject = svft.merge, lambda m: svft.load_adapter(m, path), lambda m: svft.inject(m, ["2"])
-    for refused, sharded in ((merge, model), (load, model), (merge, at_root), (load, at_root), (inject, plain)):
+    merge, load = svft.merge, lambda m: svft.load_adapter(m, "adapter.npz")
+    inject, sharded = lambda m: svft.inject(m, ["2"]), names["model"]
+    for refused, model in ((merge, sharded), (load, sharded), (merge, at_root), (load, at_root), (inject, plain)):
         with pytest.raises((TypeError, ValueError), match="model: got a sharded one"):
-            refused(sharded)
+            refused(model)
 
 
 class TestDistributed:
-    @needs_gloo
+    @pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
     def test_two_processes_equal_one_with_the_same_global_batch(self, tmp_path, monkeypatch):
-        """DDP; FSDP2 with W0, U and V halved on each rank. The adapter that they save loads on one process."""
+        """DDP; FSDP2 as README has it, with W0, U and V halved on each rank. What they save loads on one process."""
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes on one GPU would not do
-        in_processes(in_a_group, (tmp_path, one_of_two), 2, start_method=START)
-        for kind, width in (("ddp", 6), ("fsdp", 64))[: 1 + FSDP_ON_THE_CPU]:
-            alone = steps(svft.inject(mlp(width=width), ["0", "2", "4"]))
-            together = svft.load_adapter(mlp(width=width), tmp_path / f"{kind}.npz")
-            for i in (0, 2, 4):
-                assert alone[i].m.abs().max() > 1e-2
-                near(together[i].m, alone[i].m, 1e-5)
+        tiny = importlib.util.find_spec("transformers") and tiny_model
+        # Not a fork: a child of a process that has run several threads may wait for one of them for ever.
+        torch.multiprocessing.start_processes(one_of_two, (tmp_path, tiny), 2, start_method="spawn")
+        alone, together = steps(svft.inject(mlp(), ["0", "2", "4"])), svft.load_adapter(mlp(), tmp_path / "ddp.npz")
+        for i in (0, 2, 4):
+            assert alone[i].m.abs().max() > 1e-2
+            near(together[i].m, alone[i].m, 1e-5)
+        for dtype in FSDP_DTYPES if tiny else ():
+            alone, together = (tiny("llama")[0].to(dtype) for _ in range(2))
+            train_tiny(svft.inject(alone, "all-linear"), slice(2))
+            svft.load_adapter(together, tmp_path / str(dtype) / "adapter.npz")
+            want, got = ({n: p.detach() for n, p in m.named_parameters() if p.requires_grad} for m in (alone, together))
+            largest = max(m.abs().max() for m in want.values())
+            assert got.keys() == want.keys() and largest > 1e-2
+            for name in want:
+                near(got[name], want[name], 16 * torch.finfo(dtype).eps * largest, name)
+            assert (tmp_path / str(dtype) / "merged" / "config.json").is_file()
 
 
 # ---------------------------------------------------------------- what torch does with a model
