@@ -7,11 +7,9 @@ before, model or file, is there afterwards, bit for bit.
 import contextlib
 import copy
 import io
-import logging
 import os
 import pickle
 import re
-import socket
 import sys
 import warnings
 import zipfile
@@ -42,34 +40,21 @@ class MakeFile(type(Path())):
         return Path.touch, (Path(self),)
 
 
-def damaged(content, flips):
-    """A file's bytes with one bit flipped, at places spread evenly over the file; then 40 lengths of it."""
-    rng = np.random.RandomState(0)
-    for part in np.array_split(np.arange(8 * len(content)), flips):
-        place = int(rng.choice(part))
-        altered = bytearray(content)
-        altered[place // 8] ^= 1 << place % 8
-        yield bytes(altered)
-    for length in np.linspace(0, len(content) - 1, 40).astype(int):
-        yield content[:length]
-
-
 # ---------------------------------------------------------------- the SVD cache
 
 
 class TestCacheFiles:
-    def test_a_short_damaged_or_foreign_file_never_gives_other_factors(self, tmp_path, svd_calls):
-        """It is computed again and replaced, and nothing in it is run. A bit on which no content depends may stay."""
+    def test_a_short_or_foreign_file_never_gives_other_factors(self, tmp_path, svd_calls):
+        """It is computed again and replaced, and nothing in it is run."""
         W = plain_layer(6, 4, dtype=torch.float32).weight
         svd = compute_svd(W, cache_dir=tmp_path)
         (path,) = tmp_path.iterdir()
         whole, pickled = path.read_bytes(), pickle.dumps(MakeFile(tmp_path / "owned"))
-        for number, content in enumerate([b"not a zip file" * 99, pickled, *damaged(whole, 60)]):
+        for content in (b"not a zip file" * 99, pickled, *(whole[:length] for length in range(0, len(whole), 29))):
             path.write_bytes(content)
             svd_calls.clear()
-            assert all(map(torch.equal, compute_svd(W, cache_dir=tmp_path), svd)), number
-            assert svd_calls or 2 <= number < 62, number
-            assert path.read_bytes() == (whole if svd_calls else content), number
+            assert all(map(torch.equal, compute_svd(W, cache_dir=tmp_path), svd)) and svd_calls, content
+            assert path.read_bytes() == whole, content
         assert list(tmp_path.iterdir()) == [path]
 
     @needs_fork
@@ -93,7 +78,7 @@ class TestCacheFiles:
         svft.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
         assert not caplog.records
         svft.inject(nn.Sequential(*(nn.Linear(2, 2) for _ in range(23))), "all-linear")
-        said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert len(said) == 11 and "2 of 23" in said[0] and "126 s" in said[0] and "22 of 23" in said[-1]
 
 
@@ -143,8 +128,10 @@ def forged(path):
             with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError), np.errstate(all="ignore"):
                 array = eval(source, {"a": good[place], "np": np})
                 yield f"{place}: {source}", npz({**good, place: array}), not np.array_equal(array, good[place])
-    for number, content in enumerate(damaged(whole, 160)):
-        yield f"damage {number}", content, False  # no content depends on some bits, as on a date's
+    for place in range(0, len(whole), 29):
+        yield f"the first {place} bytes", whole[:place], True
+        flipped = bytes([whole[place] ^ 1 << place % 8])
+        yield f"a bit of byte {place}", whole[:place] + flipped + whole[place + 1 :], False  # a date's may stay unseen
 
 
 class TestAdapterFiles:
@@ -208,19 +195,17 @@ class TestThePlaceOfAFile:
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no special files there")
     def test_what_exists_and_is_no_regular_file_is_refused_and_stays(self, saved, tmp_path, monkeypatch):
-        """A pipe, a socket, a folder, a link to a pipe: as root a rename would put a file in the place of a device."""
+        """A pipe, a folder, a link to a pipe: as root a rename would put a file in the place of a device."""
         _, model, _ = saved
-        monkeypatch.chdir(tmp_path)  # a socket's name must be short
+        monkeypatch.chdir(tmp_path)
         os.mkfifo("pipe")
         os.symlink("pipe", "link")
         os.mkdir("folder")
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind("socket")
-            for name in ("pipe", "link", "folder", "socket"):
-                before = sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir())
-                with pytest.raises(OSError, match=f"path: got '{name}', want a regular file"):
-                    svft.save_adapter(model, name)
-                assert sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir()) == before
+        for name in ("pipe", "link", "folder"):
+            before = sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir())
+            with pytest.raises(OSError, match=f"path: got '{name}', want a regular file"):
+                svft.save_adapter(model, name)
+            assert sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir()) == before
 
     def test_a_full_disk_names_the_file_and_keeps_the_old_one(self, saved, tmp_path):
         """OSError with the file's name; the last good file stays, no temporary one. The cache is done without, as where
@@ -272,33 +257,20 @@ class TestThePlaceOfAFile:
 # ---------------------------------------------------------------- odd layers
 
 
-class Subclass(nn.Linear):
-    pass
-
-
 class Conv1D(nn.Linear):
     """It has the name and the attribute of GPT-2's, and its weight lies the other way."""
 
     nf = 6
 
 
-def other_adapter():
-    """As PEFT wraps a layer: the base and two small layers beside it."""
-    return nn.ModuleDict({"base_layer": nn.Linear(6, 6), "lora_A": nn.Linear(6, 2), "lora_B": nn.Linear(2, 6)})
-
-
-def weight(values):
-    return nn.Parameter(values, requires_grad=values.is_floating_point())
-
-
 # fmt: off
 ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be taken; the error; what its text names
-    ("m[2].weight = weight(torch.full((6, 6), math.nan))", "2", ValueError, "NaN"),
-    ("m[2].weight = weight(torch.ones(6, 6).to(torch.int8))", "2", TypeError, "int8"),
-    ("m[2].weight = weight(torch.ones(6, 0))", "2", ValueError, r"\(6, 0\)"),
+    ("m[2].weight.data.fill_(math.nan)", "2", ValueError, "NaN"),
+    ("m[2].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), False)", "2", TypeError, "int8"),
+    ("m[2].weight.data = torch.ones(6, 0)", "2", ValueError, r"\(6, 0\)"),
     ("m[2].to('meta')", "2", ValueError, "meta"),
     ("nn.utils.parametrizations.orthogonal(m[2])", "2", TypeError, "Parametrized"),
-    ("nn.utils.weight_norm(m[2])", "2", TypeError, "weight_g.*weight_v"),
+    ("nn.utils.spectral_norm(m[2])", "2", TypeError, "weight_orig"),
     ("m[2].register_forward_hook(print)", "2", ValueError, "hook"),
     ("m[2].register_state_dict_post_hook(lambda *a: None)", "2", ValueError, "hook"),
     ("m[2].forward = m[0].forward", "2", ValueError, "forward"),
@@ -306,7 +278,6 @@ ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be t
     ("m[2].norm = nn.LayerNorm(6)", "2", (TypeError, ValueError), "norm|module"),
     ("m.append(nn.Linear(6, 6)); m[5].weight = m[2].weight", "2", ValueError, "'2.weight', '5.weight'"),
     ("m.append(m[2])", "2", ValueError, "'2.weight', '5.weight'"),
-    ("m[2] = Subclass(6, 6)", "2", TypeError, "Subclass"),
     ("m[2] = Conv1D(6, 6)", "2", TypeError, "Conv1D"),
     ("m.append(nn.MultiheadAttention(6, 2))", "5.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
     ("m.append(nn.TransformerEncoderLayer(6, 2, 8))", "5.linear1", ValueError, "bypasses its forward"),
@@ -329,8 +300,7 @@ def rows(table):  # a row's id is its first entry, a line of source
 
 def after(change, m):
     """m after a line of source."""
-    with warnings.catch_warnings(action="ignore"):  # torch's old weight_norm
-        exec(change, {**vars(svft), **globals(), "m": m})
+    exec(change, {**vars(svft), **globals(), "m": m})
     return m
 
 
@@ -351,16 +321,18 @@ class TestOddLayers:
         assert set(adapted(model)) == {"0", "2", "4"} - {target.split(".")[0]} and len(caught) == 1
 
     def test_all_linear_leaves_out_what_lies_in_another_adapter_and_names_eight_at_most(self):
-        """The base of another adapter and its own small layers: adapting them would change what that adapter does."""
-        model = nn.Sequential(*(other_adapter() for _ in range(4)), nn.Linear(6, 6))
+        """As PEFT wraps a layer: the base and two small layers beside it. Adapting them would change what it does."""
+        sizes = {"base_layer": (6, 6), "lora_A": (6, 2), "lora_B": (2, 6)}
+        wrapped = [nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(4)]
+        model = nn.Sequential(*wrapped, nn.Linear(6, 6))
         with pytest.warns(UserWarning, match="0.base_layer.* and 4 more") as caught:
             assert adapted(svft.inject(model, "all-linear")) == ["4"]
         assert len(caught) == 1 and len(re.findall(r"\d\.\w+", str(caught[0].message))) == 8
 
     def test_all_linear_with_nothing_left_names_what_there_is(self):
         """A subclass alone; a model that was injected already, where the error says just that."""
-        with pytest.raises(ValueError, match="Subclass|'0'"):
-            svft.inject(nn.Sequential(Subclass(3, 3)), "all-linear")
+        with pytest.raises(ValueError, match="Conv1D|'0'"):
+            svft.inject(nn.Sequential(Conv1D(3, 3)), "all-linear")
         with pytest.raises(ValueError, match="SVFTLinear"):
             svft.inject(svft.inject(mlp(), "all-linear"), "all-linear")
 
@@ -423,7 +395,7 @@ ODD_INPUT = [  # a call, with the small model as m; the error; what its text nam
 # fmt: on
 
 
-class TestInterruption:
+class TestOddInputAndCtrlC:
     def test_ctrl_c_on_entry_to_disabled_leaves_nothing_behind(self, monkeypatch):
         """An exception between the layers restores those that were reached."""
         model, x = randomize(svft.inject(mlp(), ["0", "2"])), torch.randn(3, 5)
@@ -439,8 +411,6 @@ class TestInterruption:
             pass
         assert torch.equal(model(x), adapted)
 
-
-class TestOddInput:
     @pytest.mark.parametrize("call, error, text", rows(ODD_INPUT))
     def test_an_odd_argument_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
         """The error names the argument, what it got and what it wants; the model is bit-identical afterwards."""

@@ -1,18 +1,14 @@
 """svft.py in the places where people run it: Hugging Face, several processes, compile, export, torch.func, devices.
 
-What needs transformers, accelerate or peft is skipped without them: `pip install ".[dev]"` brings all three.
+What needs transformers or accelerate is skipped without them: `pip install ".[dev]"` brings both.
 """
 
 import copy
 import importlib.util
 import os
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -36,9 +32,6 @@ class TestTransformers:
     def test_inject_generate_merge_save_and_load_again(self, tiny, kind, tmp_path):
         """At m = 0 the same logits; adapted ones survive merge, save_pretrained and from_pretrained."""
         model, targets = tiny(kind)
-        if kind == "gpt2":  # its head is its embedding: adapting it would change both
-            with pytest.raises(ValueError, match="layer 'lm_head': "):
-                svft.inject(model, ["lm_head"])
         ids = torch.tensor([[1, 5, 9, 7]])
         start = model(ids).logits
         assert len(adapted(svft.inject(model, targets))) == (8 if kind == "gpt2" else 14)
@@ -71,23 +64,7 @@ class TestTransformers:
         near(fresh(texts[:1]).logits, model.eval()(texts[:1]).logits, 1e-5)
 
 
-class TestTheirNeighbours:
-    def test_weights_that_accelerate_has_offloaded_are_refused_and_work_once_they_are_back(self, tmp_path):
-        """Before inject or after it. Then remove_hook_from_module, which leaves a bound forward behind."""
-        accelerate = pytest.importorskip("accelerate")
-        plain, model, x = mlp(), randomize(svft.inject(mlp(), ["0", "2"])), torch.randn(3, 5)
-        inject, save = lambda m: svft.inject(m, ["2"]), lambda m: svft.save_adapter(m, tmp_path / "a.npz")
-        want = model(x)
-        for offloaded, act in ((plain, inject), (model, svft.merge), (model, save)):
-            accelerate.cpu_offload(offloaded, torch.device("cpu"))
-            with pytest.raises(ValueError, match="layer '[02]': .*(meta|hook)"):
-                act(offloaded)
-            accelerate.hooks.remove_hook_from_module(offloaded, recurse=True)
-        assert list(tmp_path.iterdir()) == [] and adapted(inject(plain)) == ["2"]
-        near(svft.merge(model)(x), want, 1e-5)
-
-
-# ---------------------------------------------------------------- several processes
+# ---------------------------------------------------------------- weights elsewhere: in several processes, offloaded
 
 
 def one_of_two(rank, folder, tiny):
@@ -132,7 +109,6 @@ def with_fsdp(rank, tiny, dtype):
     torch.distributed.init_process_group = lambda: None  # done already, on the CPU
     names = {"svft": svft, "torch": torch, "AutoModelForCausalLM": transformers.AutoModelForCausalLM, "train": train}
     (block,) = [block for block in python_blocks(README) if "fully_shard" in block]
-    assert block.count("...  #") == 1
     exec(block.replace("...  #", "train()  #").replace("torch.bfloat16", str(dtype)), names)
     plain, at_root = mlp(), svft.inject(mlp(), ["0", "2", "4"])
     for root in (plain, at_root):
@@ -144,28 +120,42 @@ def with_fsdp(rank, tiny, dtype):
             refused(model)
 
 
-class TestDistributed:
+class TestDistributedAndOffloaded:
     @pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
     def test_two_processes_equal_one_with_the_same_global_batch(self, tmp_path, monkeypatch):
         """DDP; FSDP2 as README has it, with W0, U and V halved on each rank. What they save loads on one process."""
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes on one GPU would not do
         tiny = importlib.util.find_spec("transformers") and tiny_model
         # Not a fork: a child of a process that has run several threads may wait for one of them for ever.
-        torch.multiprocessing.start_processes(one_of_two, (tmp_path, tiny), 2, start_method="spawn")
-        alone, together = steps(svft.inject(mlp(), ["0", "2", "4"])), svft.load_adapter(mlp(), tmp_path / "ddp.npz")
-        for i in (0, 2, 4):
-            assert alone[i].m.abs().max() > 1e-2
-            near(together[i].m, alone[i].m, 1e-5)
+        torch.multiprocessing.spawn(one_of_two, (tmp_path, tiny), 2)
+        runs = [(torch.float32, "ddp.npz", mlp(), steps(svft.inject(mlp(), ["0", "2", "4"])))]
         for dtype in FSDP_DTYPES if tiny else ():
-            alone, together = (tiny("llama")[0].to(dtype) for _ in range(2))
-            train_tiny(svft.inject(alone, "all-linear"), slice(2))
-            svft.load_adapter(together, tmp_path / str(dtype) / "adapter.npz")
-            want, got = ({n: p.detach() for n, p in m.named_parameters() if p.requires_grad} for m in (alone, together))
+            assert (tmp_path / str(dtype) / "merged" / "config.json").is_file()
+            fresh, alone = (tiny("llama")[0].to(dtype) for _ in range(2))
+            alone = train_tiny(svft.inject(alone, "all-linear"), slice(2))
+            runs.append((dtype, f"{dtype}/adapter.npz", fresh, alone))
+        for dtype, file, *models in runs:
+            svft.load_adapter(models[0], tmp_path / file)
+            got, want = ({n: p.detach() for n, p in m.named_parameters() if p.requires_grad} for m in models)
             largest = max(m.abs().max() for m in want.values())
             assert got.keys() == want.keys() and largest > 1e-2
             for name in want:
                 near(got[name], want[name], 16 * torch.finfo(dtype).eps * largest, name)
-            assert (tmp_path / str(dtype) / "merged" / "config.json").is_file()
+
+    def test_weights_that_accelerate_has_offloaded_are_refused_and_work_once_they_are_back(self, tmp_path):
+        """Before inject or after it. remove_hook_from_module leaves a bound forward behind, torch an empty dict."""
+        accelerate = pytest.importorskip("accelerate")
+        plain, model, x = mlp(), randomize(svft.inject(mlp(), ["0", "2"])), torch.randn(3, 5)
+        inject, save = lambda m: svft.inject(m, ["2"]), lambda m: svft.save_adapter(m, tmp_path / "a.npz")
+        want = model(x)
+        plain[2].register_full_backward_hook(print).remove()
+        for offloaded, act in ((plain, inject), (model, svft.merge), (model, save)):
+            accelerate.cpu_offload(offloaded, torch.device("cpu"))
+            with pytest.raises(ValueError, match="layer '[02]': .*(meta|hook)"):
+                act(offloaded)
+            accelerate.hooks.remove_hook_from_module(offloaded, recurse=True)
+        assert list(tmp_path.iterdir()) == [] and adapted(inject(plain)) == ["2"]
+        near(svft.merge(model)(x), want, 1e-5)
 
 
 # ---------------------------------------------------------------- what torch does with a model
@@ -271,8 +261,6 @@ class TestTransformations:
             svft.save_adapter(randomize(svft.inject(wrapped, ["0.1", "1.0"], "random", 1)), path)
             near(svft.load_adapter(model(), path)(x), plain(x), 1e-5)
             near(svft.load_adapter(nn.DataParallel(model()), path).module(x), plain(x), 1e-5)
-        with np.load(path) as file:
-            assert {name.partition("/")[0] for name in file} == {"format", "0.1", "1.0"}
 
 
 # ---------------------------------------------------------------- devices
@@ -286,14 +274,10 @@ class TestDevices:
             pytest.skip("the laws themselves run on this GPU, which shows a mix-up")
         if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
             pytest.skip("this torch cannot register a backend in Python")
-        script = "import sys; sys.path.insert(0, '..'); import test_integrations as t; t.run_on_a_fake_gpu()"
-        # In its own process: autograd must start with the fake GPU.
-        how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
-        done = subprocess.run([sys.executable, "-c", script], **how)
-        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        torch.multiprocessing.spawn(run_on_a_fake_gpu)  # in its own process: autograd must start with the fake GPU
 
 
-def run_on_a_fake_gpu():
+def run_on_a_fake_gpu(rank):
     """Fake tensors of a backend that torch lets Python register: once it passes for CUDA, once it does not."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

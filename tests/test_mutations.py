@@ -89,7 +89,6 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
     ('cannot write in {str(folder)!r}; going', 'cannot write {file}; going', 'full_disk'),
     ('_require(error <= 1e-2 * size,', '_require(True,', 'flipped_signs_are_refused'),
     ('    _check_finite(probes, "probes")\n', '', 'forged_or_foreign'),
-    ('len(layer.S), len(layer.m)]', 'len(layer.S), entry.sizes()[3]]', 'another_rank_or_number_of_entries'),
     ('    _require(1 <= r <= min(d1, d2), "shape"', '    _require(True, "shape"', 'forged_or_foreign'),
     ('    _check_finite(entry.m.to(layer.m.dtype), "m")\n', '', 'forged_or_foreign'),
     ('    _for_each(entries, lambda name, entry: _check_sizes(modules[name], entry))\n', '', 'does_not_belong_to'),
