@@ -37,7 +37,6 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
     ('np.random.RandomState(operator.index(seed))', 'np.random.RandomState()', 'random_draws_k_distinct'),
     ('alignment = (_exact(U).T @ _exact(Vh).T).abs()', 'alignment = (_exact(U).T @ _exact(Vh).T)', 'top_k_takes_the_largest'),
     ('k = omega_banded(r1, r2, d).shape[1]', 'k = d', 'as_many_entries_as_the_band'),
-    ('queue += [row_of[column] for column in new]', 'queue += []', 'term_rank_is_the_largest'),
     ('row_of[free] = row\n', 'row_of[free] = start\n', 'term_rank_is_the_largest'),
     ('return min(_check_omega(omega, d1, d2).shape[1], d1, d2)', 'return min(d1, d2)', 'rank_is_at_most_term_rank'),
     ('_require(sorted(found) == [*found],', '_require(True,', 'a_rank_above_its_bound'),

@@ -145,6 +145,7 @@ class TestMistakes:
         "--data latin1.txt": "--data: cannot read 'latin1.txt' as UTF-8",
         "--steps 0": "--steps, --batch, --context: want 1 or more",
         "--lr nan": "--lr: got nan",
+        "--pattern diagonal": "invalid choice: 'diagonal'",
         "--pattern top_k": "top_k",
         "--pattern plain --d 2": "--d: got it with --pattern plain",
         "--targets c_attn absent": "absent",
