@@ -26,7 +26,6 @@ def tiny_model(kind):
 
 @pytest.fixture
 def tiny():
-    pytest.importorskip("transformers")
     return tiny_model
 
 

@@ -7,11 +7,9 @@ before, model or file, is there afterwards, bit for bit.
 import contextlib
 import copy
 import io
-import logging
 import os
 import pickle
 import re
-import socket
 import sys
 import warnings
 import zipfile
@@ -20,19 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.utils.prune
 from torch import nn
 
 import svft
-from svft import SVFTLinear, compute_svd, omega_plain
-from test_svft import adapted, assert_untouched, mlp, plain_layer, randomize, snapshot
+from svft import compute_svd, omega_plain
+from test_svft import adapted, assert_untouched, mlp, plain_layer, randomize, refused, snapshot
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="a fork is safe on Linux alone")
 in_processes = torch.multiprocessing.start_processes  # raises if one of them does
 
 
 def npz(arrays):
-    np.savez(buffer := io.BytesIO(), **{name: array for name, array in arrays.items() if array is not None})
+    np.savez(buffer := io.BytesIO(), **arrays)
     return buffer.getvalue()
 
 
@@ -43,34 +40,21 @@ class MakeFile(type(Path())):
         return Path.touch, (Path(self),)
 
 
-def damaged(content, flips):
-    """A file's bytes with one bit flipped, at places spread evenly over the file; then 40 lengths of it."""
-    rng = np.random.RandomState(0)
-    for part in np.array_split(np.arange(8 * len(content)), flips):
-        place = int(rng.choice(part))
-        altered = bytearray(content)
-        altered[place // 8] ^= 1 << place % 8
-        yield bytes(altered)
-    for length in np.linspace(0, len(content) - 1, 40).astype(int):
-        yield content[:length]
-
-
 # ---------------------------------------------------------------- the SVD cache
 
 
 class TestCacheFiles:
-    def test_a_short_damaged_or_foreign_file_never_gives_other_factors(self, tmp_path, svd_calls):
-        """It is computed again and replaced, and nothing in it is run. A bit on which no content depends may stay."""
+    def test_a_short_or_foreign_file_never_gives_other_factors(self, tmp_path, svd_calls):
+        """It is computed again and replaced, and nothing in it is run."""
         W = plain_layer(6, 4, dtype=torch.float32).weight
         svd = compute_svd(W, cache_dir=tmp_path)
         (path,) = tmp_path.iterdir()
         whole, pickled = path.read_bytes(), pickle.dumps(MakeFile(tmp_path / "owned"))
-        for number, content in enumerate([b"not a zip file" * 99, pickled, *damaged(whole, 60)]):
+        for content in (b"not a zip file" * 99, pickled, *(whole[:length] for length in range(0, len(whole), 29))):
             path.write_bytes(content)
             svd_calls.clear()
-            assert all(map(torch.equal, compute_svd(W, cache_dir=tmp_path), svd)), number
-            assert svd_calls or 2 <= number < 62, number
-            assert path.read_bytes() == (whole if svd_calls else content), number
+            assert all(map(torch.equal, compute_svd(W, cache_dir=tmp_path), svd)) and svd_calls, content
+            assert path.read_bytes() == whole, content
         assert list(tmp_path.iterdir()) == [path]
 
     @needs_fork
@@ -94,7 +78,7 @@ class TestCacheFiles:
         svft.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
         assert not caplog.records
         svft.inject(nn.Sequential(*(nn.Linear(2, 2) for _ in range(23))), "all-linear")
-        said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert len(said) == 11 and "2 of 23" in said[0] and "126 s" in said[0] and "22 of 23" in said[-1]
 
 
@@ -110,66 +94,66 @@ FORGERIES = [  # what is done to an array a of a good file; what this array does
 OTHER_UPDATES = [  # of m and the probes: only the basis can tell that the file is wrong
     "a[..., ::-1].copy()", "a * 0 + a.flat[0]", "a * 0", "-a", "(a * 1.1).astype(a.dtype)", "a * 1e200", "a + 6", "a + 2**62",
 ]
+FOREIGN = [  # what is done to all the arrays f of a good file
+    "del f['format']",
+    "f['format'] = np.array('svft 2')",
+    "f['format'] = np.array(['svft 3'] * 2)",
+    "[f.pop(name) for name in [*f] if name != 'format']",
+    "del f['2/m']",
+    "f['more'] = f['2/m']",  # of no layer
+    "f['2/more'] = f['2/m']",
+    "f['2/m'], f['2/omega'] = f['2/m'][:0], f['2/omega'][:, :0]",
+    "f['2/m'], f['2/probes'] = f['2/m'] * np.float64(1e39), f['2/probes'] * 1e39",  # too large for the layer
+    "f.update({'5' + name[1:]: f[name] for name in [*f] if name[0] == '2'})",  # of a layer that is not there
+    "f.update({'1' + name[1:]: f[name] for name in [*f] if name[0] == '2'})",  # of one that cannot be adapted
+]
 # fmt: on
 
 
-def forged(good):
-    """(name, content, whether a value is another one): one array of layer 2 is forged; good: all arrays of a good file."""
+def forged(path):
+    """(what was done, the content, whether it has to be refused) for each way to spoil the good file in path."""
+    whole, good, code = path.read_bytes(), dict(np.load(path)), MakeFile(path.parent / "owned")
+    torch.save(code, pickled := io.BytesIO())
+    np.save(array := io.BytesIO(), -good["2/m"])
+    with zipfile.ZipFile(twice := io.BytesIO(whole), "a") as file, warnings.catch_warnings(action="ignore"):
+        file.writestr("2/m.npy", array.getvalue())  # numpy would take one of the two
+    contents = b"hello", pickle.dumps(code), *(file.getvalue() for file in (pickled, array, twice))
+    names = "text", "a pickle", "a pickle in a zip", "one array", "two m"
+    yield from zip(names, contents, 5 * [True], strict=True)
+    for change in FOREIGN:
+        exec(change, {"f": (f := dict(good)), "np": np})
+        yield change, npz(f), True
     for place in (place for place in good if place.startswith("2/")):
         for source in FORGERIES + OTHER_UPDATES:
             with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError), np.errstate(all="ignore"):
                 array = eval(source, {"a": good[place], "np": np})
                 yield f"{place}: {source}", npz({**good, place: array}), not np.array_equal(array, good[place])
-
-
-def foreign(path, good):
-    """name -> content of files that have arrays too many, too few, or are something else."""
-    layer = {name.partition("/")[2]: array for name, array in good.items() if name.startswith("2/")}
-    code, m = MakeFile(path.parent / "owned"), layer["m"]
-    changes = {  # arrays are changed, added, or left out: None
-        "no format": {"format": None},
-        "an older format": {"format": np.array("svft 2")},
-        "a format of two": {"format": np.array(["svft 3"] * 2)},
-        "no layer at all": {name: None for name in good if name != "format"},
-        "a layer without m": {"2/m": None},
-        "an array of no layer": {"more": m},
-        "one array more": {"2/more": m},
-        "no entries": {"2/omega": layer["omega"][:, :0], "2/m": m[:0]},
-        "m too large for the layer": {"2/m": m * np.float64(1e39), "2/probes": layer["probes"] * 1e39},
-        "an unknown layer": {f"5/{part}": array for part, array in layer.items()},
-        "a layer that is none": {f"1/{part}": array for part, array in layer.items()},
-    }
-    torch.save(code, pickled := io.BytesIO())
-    np.save(array := io.BytesIO(), -m)
-    twice = io.BytesIO(path.read_bytes())
-    with zipfile.ZipFile(twice, "a") as file, warnings.catch_warnings(action="ignore"):
-        file.writestr("2/m.npy", array.getvalue())  # numpy would take one of them
-    contents = {"empty": b"", "text": b"hello", "nested lists": pickle.dumps([[]] * 99), "a pickle": pickle.dumps(code)}
-    buffers = {"a pickle in a zip": pickled, "one array": array, "two m": twice}
-    contents |= {name: buffer.getvalue() for name, buffer in buffers.items()}
-    return contents | {name: npz({**good, **change}) for name, change in changes.items()}
+    for place in range(0, len(whole), 29):
+        yield f"the first {place} bytes", whole[:place], True
+        flipped = bytes([whole[place] ^ 1 << place % 8])
+        yield f"a bit of byte {place}", whole[:place] + flipped + whole[place + 1 :], False  # a date's may stay unseen
 
 
 class TestAdapterFiles:
     @pytest.mark.parametrize("into", ["plain", "injected"])
     def test_a_forged_or_foreign_file_is_refused_by_name_or_is_still_the_same_adapter(self, saved, into, svd_calls):
-        """None is executed, none half applied. What is wrong with the file alone is seen before any SVD."""
+        """A damaged one too: none is executed, none half applied. A fault of the file alone is seen before any SVD."""
         base, want, path = saved
-        model = svft.inject(base, ["0", "2", "4"], d=1) if into == "injected" else base
-        good, before, refused = dict(np.load(path)), snapshot(model), []
-        for name, content, changed in [*((*item, True) for item in foreign(path, good).items()), *forged(good)]:
+        model, said = svft.inject(base, ["0", "2", "4"], d=1) if into == "injected" else base, []
+        before = snapshot(model)
+        for name, content, changed in forged(path):
             path.write_bytes(content)
             svd_calls.clear()
             try:
                 loaded = svft.load_adapter(copy.deepcopy(model), path)
             except (ValueError, TypeError) as error:
                 assert re.search("(adapter.npz: got|layer '[1245]': ).*want", str(error)), (name, error)
-                assert not svd_calls or name.partition(": ")[2] in OTHER_UPDATES or "m too large" in name, (name, error)
-                refused.append(name)
+                assert not svd_calls or name.partition(": ")[2] in OTHER_UPDATES or "1e39" in name, (name, error)
+                said.append(name)
             else:
                 assert not changed, name
                 assert all(map(torch.equal, loaded.state_dict().values(), want.state_dict().values())), name
-        assert len(refused) > 100 and not (path.parent / "owned").exists()
+        assert len(said) > 220 and not (path.parent / "owned").exists()
         assert_untouched(model, before)
 
     def test_a_live_layer_of_another_rank_or_number_of_entries_is_refused(self, tmp_path):
@@ -177,26 +161,8 @@ class TestAdapterFiles:
         svft.save_adapter(randomize(svft.inject(mlp(), ["2"], omega_plain(3, 3), rank=3)), tmp_path / "a.npz")
         for how in ({"pattern": omega_plain(3, 3), "rank": 4}, {"pattern": "banded", "rank": 3}):
             model = randomize(svft.inject(mlp(), ["2"], **how))
-            before = snapshot(model)
-            with pytest.raises(ValueError, match="layer '2': d1, d2, rank, k: got .*then make the optimizer"):
+            with refused(model, ValueError, "layer '2': d1, d2, rank, k: got .*then make the optimizer"):
                 svft.load_adapter(model, tmp_path / "a.npz")
-            assert_untouched(model, before)
-
-    def test_a_damaged_file_is_refused_or_is_still_the_same_adapter(self, saved):
-        """160 flipped bits and 40 lengths: refused by name, but for bits that no content depends on, as a date's."""
-        base, want, path = saved
-        model, refused = svft.inject(base, ["0", "2", "4"]), 0
-        start = snapshot(model)
-        for content in damaged(path.read_bytes(), 160):
-            path.write_bytes(content)
-            try:
-                loaded = svft.load_adapter(copy.deepcopy(model), path)
-                assert all(map(torch.equal, loaded.state_dict().values(), want.state_dict().values()))
-            except ValueError as error:
-                assert re.search("adapter.npz: got|layer '[024]': ", str(error)), error
-                refused += 1
-        assert refused > 120
-        assert_untouched(model, start)
 
     def test_of_a_checkpoint_passed_by_mistake_the_names_alone_are_read(self, saved, monkeypatch):
         """A file of gigabytes is refused at once: no array of it is opened."""
@@ -229,19 +195,17 @@ class TestThePlaceOfAFile:
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no special files there")
     def test_what_exists_and_is_no_regular_file_is_refused_and_stays(self, saved, tmp_path, monkeypatch):
-        """A pipe, a socket, a folder, a link to a pipe: as root a rename would put a file in the place of a device."""
+        """A pipe, a folder, a link to a pipe: as root a rename would put a file in the place of a device."""
         _, model, _ = saved
-        monkeypatch.chdir(tmp_path)  # a socket's name must be short
+        monkeypatch.chdir(tmp_path)
         os.mkfifo("pipe")
         os.symlink("pipe", "link")
         os.mkdir("folder")
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind("socket")
-            for name in ("pipe", "link", "folder", "socket"):
-                before = sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir())
-                with pytest.raises(OSError, match=f"path: got '{name}', want a regular file"):
-                    svft.save_adapter(model, name)
-                assert sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir()) == before
+        for name in ("pipe", "link", "folder"):
+            before = sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir())
+            with pytest.raises(OSError, match=f"path: got '{name}', want a regular file"):
+                svft.save_adapter(model, name)
+            assert sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir()) == before
 
     def test_a_full_disk_names_the_file_and_keeps_the_old_one(self, saved, tmp_path):
         """OSError with the file's name; the last good file stays, no temporary one. The cache is done without, as where
@@ -293,52 +257,31 @@ class TestThePlaceOfAFile:
 # ---------------------------------------------------------------- odd layers
 
 
-class Subclass(nn.Linear):
-    pass
-
-
 class Conv1D(nn.Linear):
     """It has the name and the attribute of GPT-2's, and its weight lies the other way."""
 
     nf = 6
 
 
-def other_adapter():
-    """As PEFT wraps a layer: the base and two small layers beside it."""
-    return nn.ModuleDict({"base_layer": nn.Linear(6, 6), "lora_A": nn.Linear(6, 2), "lora_B": nn.Linear(2, 6)})
-
-
-def weight(values):
-    return nn.Parameter(values, requires_grad=values.is_floating_point())
-
-
 # fmt: off
 ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be taken; the error; what its text names
-    ("m[2].weight = weight(torch.full((6, 6), math.nan))", "2", ValueError, "NaN"),
-    ("m[2].weight = weight(torch.ones(6, 6).to(torch.int8))", "2", TypeError, "int8"),
-    ("m[2].weight = weight(torch.ones(6, 0))", "2", ValueError, r"\(6, 0\)"),
+    ("m[2].weight.data.fill_(math.nan)", "2", ValueError, "NaN"),
+    ("m[2].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), False)", "2", TypeError, "int8"),
+    ("m[2].weight.data = torch.ones(6, 0)", "2", ValueError, r"\(6, 0\)"),
     ("m[2].to('meta')", "2", ValueError, "meta"),
     ("nn.utils.parametrizations.orthogonal(m[2])", "2", TypeError, "Parametrized"),
-    ("nn.utils.weight_norm(m[2])", "2", TypeError, "weight_g.*weight_v"),
-    ("nn.utils.prune.l1_unstructured(m[2], 'weight', 3)", "2", TypeError, "weight_orig"),
+    ("nn.utils.spectral_norm(m[2])", "2", TypeError, "weight_orig"),
     ("m[2].register_forward_hook(print)", "2", ValueError, "hook"),
-    ("m[2].register_full_backward_hook(print)", "2", ValueError, "hook"),
     ("m[2].register_state_dict_post_hook(lambda *a: None)", "2", ValueError, "hook"),
     ("m[2].forward = m[0].forward", "2", ValueError, "forward"),
     ("m[2].register_buffer('scale', torch.ones(6))", "2", (TypeError, ValueError), "scale|buffer"),
     ("m[2].norm = nn.LayerNorm(6)", "2", (TypeError, ValueError), "norm|module"),
     ("m.append(nn.Linear(6, 6)); m[5].weight = m[2].weight", "2", ValueError, "'2.weight', '5.weight'"),
     ("m.append(m[2])", "2", ValueError, "'2.weight', '5.weight'"),
-    ("m[2] = Subclass(6, 6)", "2", TypeError, "Subclass"),
     ("m[2] = Conv1D(6, 6)", "2", TypeError, "Conv1D"),
     ("m.append(nn.MultiheadAttention(6, 2))", "5.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
     ("m.append(nn.TransformerEncoderLayer(6, 2, 8))", "5.linear1", ValueError, "bypasses its forward"),
     ("m[2] = nn.Sequential(torch.compile(nn.Linear(6, 6)))", "2.0", ValueError, "bypasses its forward"),
-]
-NO_LAYERS = [  # these no one would take for a layer that could be adapted: "all-linear" says nothing
-    ("m[2] = nn.Embedding(6, 6)", "2", TypeError, "Embedding"),
-    ("m[2] = nn.Bilinear(6, 6, 6)", "2", TypeError, "Bilinear"),
-    ("svft.inject(m, ['2'])", "2", TypeError, "SVFTLinear"),
 ]
 SPOILT = [  # what was done to the injected small model m; what the error of merge and save_adapter names
     ("m[2].to('meta')", "meta"),
@@ -346,7 +289,6 @@ SPOILT = [  # what was done to the injected small model m; what the error of mer
     ("m[2].omega.copy_(m[2].omega.flip(1))", "omega: got"),
     ("m[2].bfloat16().float()", "convert"),
     ("m[2].weight.data.add_(torch.eye(6), alpha=0.01)", "reload|changed"),
-    ("m[2].load_state_dict(copy.deepcopy(m[2]).bfloat16().state_dict())", "convert"),
     ("m[2].U.data.mul_(1.01)", "U"),
 ]
 # fmt: on
@@ -358,21 +300,17 @@ def rows(table):  # a row's id is its first entry, a line of source
 
 def after(change, m):
     """m after a line of source."""
-    with warnings.catch_warnings(action="ignore"):  # torch's old weight_norm
-        exec(change, {**vars(svft), **globals(), "m": m})
+    exec(change, {**vars(svft), **globals(), "m": m})
     return m
 
 
 class TestOddLayers:
-    @pytest.mark.parametrize("change, target, error, text", rows(ODD_LAYERS + NO_LAYERS))
+    @pytest.mark.parametrize("change, target, error, text", rows(ODD_LAYERS))
     def test_a_layer_that_cannot_be_adapted_is_refused_and_named(self, change, target, error, text):
         """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do."""
         model = after(change, mlp())
-        before = snapshot(model)
-        with pytest.raises(error, match=text) as caught:
+        with refused(model, error, f"layer '{target}': .*({text}).*want"):
             svft.inject(model, [target])
-        assert f"layer {target!r}: " in str(caught.value) and "want" in str(caught.value)
-        assert_untouched(model, before)
 
     @pytest.mark.parametrize("change, target", rows(row[:2] for row in ODD_LAYERS))
     def test_all_linear_leaves_it_out_and_says_so(self, change, target):
@@ -383,26 +321,20 @@ class TestOddLayers:
         assert set(adapted(model)) == {"0", "2", "4"} - {target.split(".")[0]} and len(caught) == 1
 
     def test_all_linear_leaves_out_what_lies_in_another_adapter_and_names_eight_at_most(self):
-        """The base of another adapter and its own small layers: adapting them would change what that adapter does."""
-        model = nn.Sequential(*(other_adapter() for _ in range(4)), nn.Linear(6, 6))
+        """As PEFT wraps a layer: the base and two small layers beside it. Adapting them would change what it does."""
+        sizes = {"base_layer": (6, 6), "lora_A": (6, 2), "lora_B": (2, 6)}
+        wrapped = [nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(4)]
+        model = nn.Sequential(*wrapped, nn.Linear(6, 6))
         with pytest.warns(UserWarning, match="0.base_layer.* and 4 more") as caught:
             assert adapted(svft.inject(model, "all-linear")) == ["4"]
         assert len(caught) == 1 and len(re.findall(r"\d\.\w+", str(caught[0].message))) == 8
 
     def test_all_linear_with_nothing_left_names_what_there_is(self):
         """A subclass alone; a model that was injected already, where the error says just that."""
-        with pytest.raises(ValueError, match="Subclass|'0'"):
-            svft.inject(nn.Sequential(Subclass(3, 3)), "all-linear")
+        with pytest.raises(ValueError, match="Conv1D|'0'"):
+            svft.inject(nn.Sequential(Conv1D(3, 3)), "all-linear")
         with pytest.raises(ValueError, match="SVFTLinear"):
             svft.inject(svft.inject(mlp(), "all-linear"), "all-linear")
-
-    def test_what_a_removed_hook_leaves_behind_is_accepted(self):
-        """Hooks that were removed, and the layer's own bound forward, leave a layer as it was."""
-        model = mlp()
-        model[2].forward = model[2].forward
-        model[2].register_forward_hook(print).remove()
-        model[2].register_full_backward_hook(print).remove()
-        assert isinstance(svft.inject(model, ["2"])[2], SVFTLinear)
 
     @pytest.mark.parametrize("act", [svft.merge, lambda m: svft.save_adapter(m, "a.npz")], ids=["merge", "save"])
     @pytest.mark.parametrize("change, text", rows(SPOILT))
@@ -410,20 +342,9 @@ class TestOddLayers:
         """Else merge and save would give something else. The error names what may have happened."""
         monkeypatch.chdir(tmp_path)
         m = after(change, randomize(svft.inject(mlp(), ["0", "2"])))
-        before = snapshot(m)
-        with pytest.raises(ValueError, match=f"layer '2': .*({text})"):
+        with refused(m, ValueError, f"layer '2': .*({text})"):
             act(m)
-        assert_untouched(m, before)
         assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize("change", ["m[2].register_buffer('b', m[0].m)", "m[2].n = nn.Tanh()", "m[2].forward = id"])
-    def test_merge_refuses_what_would_be_lost(self, change):
-        """As inject does: buffers, modules and a forward of its own on an SVFTLinear."""
-        m = after(change, randomize(svft.inject(mlp(), ["0", "2"])))
-        before = snapshot(m)
-        with pytest.raises((TypeError, ValueError), match="layer '2': layer: got"):
-            svft.merge(m)
-        assert_untouched(m, before)
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -440,55 +361,39 @@ class TestOddLayers:
         real, visits = nn.Module.named_modules, []
         counted = lambda *a, **k: (visits.append(1) or item for item in real(*a, **k))  # noqa: E731
         monkeypatch.setattr(nn.Module, "named_modules", counted)
-        needed = []
-        for count in (20, 40):
-            visits.clear()
-            svft.inject(
-                nn.Sequential(*(nn.Linear(1, 1) for _ in range(count))), [str(i) for i in range(count)], "plain"
-            )
-            needed.append(len(visits))
-        assert 20 <= needed[0] < needed[1] < 2.5 * needed[0]
+        small, large = (nn.Sequential(*(nn.Linear(1, 1) for _ in range(count))) for count in (20, 40))
+        svft.inject(small, list(map(str, range(20))), "plain")
+        needed = len(visits)
+        svft.inject(large, list(map(str, range(40))), "plain")
+        assert 20 <= needed < len(visits) - needed < 2.5 * needed
 
 
 # ---------------------------------------------------------------- odd input
 
-W = torch.eye(4, 3)
-O = omega_plain(3, 3)  # noqa: E741
-# fmt: off
 ODD_INPUT = [  # a call, with the small model as m; the error; what its text names
-    ("compute_svd(torch.ones(2, 2, 3))", ValueError, r"weight: got .*\(2, 2, 3\)"),
-    ("compute_svd(torch.ones(0, 3))", ValueError, r"weight: got .*\(0, 3\)"),
     ("compute_svd(torch.eye(3).to_sparse())", TypeError, "weight: got .*sparse"),
-    ("compute_svd(W, rank=2.0)", TypeError, "interpreted as an integer"),
+    ("compute_svd(torch.eye(3), rank=2.0)", TypeError, "interpreted as an integer"),
     ("omega_banded(3, 3, 1.5)", TypeError, "interpreted as an integer"),
     ("omega_banded(0, 3, 1)", ValueError, r"omega: got shape \(2, 0\)"),
     ("omega_banded(3, 3, 1, above=-2)", ValueError, "above: got .*-2"),
     ("omega_random(3, 3, 2, seed=2**32)", ValueError, "Seed must be between"),
     ("omega_top_k(torch.ones(3), torch.eye(3), 1)", ValueError, r"U: got .*\(3,\)"),
     ("omega_top_k(torch.eye(2), torch.ones(2, 2).long(), 1)", TypeError, "Vh: got .*torch.int64"),
-    ("rank_bound(O, 5)", TypeError, "unpack"),
-    ("term_rank(O.int())", TypeError, "omega: got torch.int32"),
-    ("term_rank(O[:, :0])", ValueError, r"omega: got .*\(2, 0\)"),
-    ("term_rank(torch.tensor([[1, 1, 2], [2**33, 2**33 - 1, 0]]))", ValueError, "omega: got unsorted"),
-    ("inject(m, ['2'], lambda svd: 3)", TypeError, "omega: got int"),
-    ("inject(m, ['2'], O, k=3)", ValueError, "layer '2': k: got 3"),
-    ("inject(m, ['2'], svd=compute_svd(W))", ValueError, "svd: got shapes"),
+    ("rank_bound(omega_plain(3, 3), 5)", TypeError, "unpack"),
+    ("term_rank(omega_plain(3, 3).int())", TypeError, "omega: got torch.int32"),
+    ("inject(inject(mlp(), ['2']), ['2'])", TypeError, "layer '2': base: got an SVFTLinear"),
+    ("inject(m, ['2'], svd=compute_svd(torch.eye(4, 3)))", ValueError, "svd: got shapes"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6)))", ValueError, "svd: got shapes"),
     ("inject(m, ['2'], svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
-    ("inject(m, ['2'], svd=compute_svd(m[2].weight * 1.01))", ValueError, "svd: got"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6) * math.nan, torch.ones(6), torch.eye(6)))", ValueError, "svd: got"),
     ("inject(m, [2])", TypeError, "target_modules: got"),
     ("inject(m, '2(')", re.error, "unterminated"),
     ("inject(m[2], '.*')", ValueError, "model itself"),
     ("inject(m, '.*')", ValueError, "layer '': "),
-    ("merge(3)", TypeError, "model: got int"),
-    ("disabled(3).__enter__()", TypeError, "model: got int"),
-    ("summary(3)", TypeError, "model: got int"),
 ]
-# fmt: on
 
 
-class TestInterruption:
+class TestOddInputAndCtrlC:
     def test_ctrl_c_on_entry_to_disabled_leaves_nothing_behind(self, monkeypatch):
         """An exception between the layers restores those that were reached."""
         model, x = randomize(svft.inject(mlp(), ["0", "2"])), torch.randn(3, 5)
@@ -504,15 +409,11 @@ class TestInterruption:
             pass
         assert torch.equal(model(x), adapted)
 
-
-class TestOddInput:
     @pytest.mark.parametrize("call, error, text", rows(ODD_INPUT))
     def test_an_odd_argument_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
         """The error names the argument, what it got and what it wants; the model is bit-identical afterwards."""
         monkeypatch.chdir(tmp_path)
         model = mlp()
-        before = snapshot(model)
-        with pytest.raises(error, match=text):
+        with refused(model, error, text):
             eval(call, {**vars(svft), **globals(), "m": model})
         assert list(tmp_path.iterdir()) == []
-        assert_untouched(model, before)

@@ -2,14 +2,12 @@
 
 import doctest
 import inspect
-import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_integrations import FSDP_ON_THE_CPU, in_a_group, in_processes, needs_gloo
 from torch import nn
 
 import svft
@@ -77,32 +75,6 @@ def stand_in(tiny):
     return staticmethod(lambda name, dtype=torch.float32: make[name]().to(dtype))
 
 
-def fsdp_block(rank, folder, tiny):
-    """README's FSDP2 block as one of two processes runs it; then the plain model computes what the sharded one does."""
-    import transformers
-
-    transformers.AutoModelForCausalLM.from_pretrained = stand_in(tiny)
-    torch.distributed.init_process_group = lambda: None  # done already, on the CPU
-    os.chdir(folder)
-    names = {"svft": svft, "torch": torch, "AutoModelForCausalLM": transformers.AutoModelForCausalLM}
-    ids = torch.arange(3, 11)[None]
-
-    def train():
-        optimizer = torch.optim.AdamW([p for p in names["model"].parameters() if p.requires_grad], lr=1e-2)
-        names["model"](input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-    (block,) = [block for block in python_blocks(README) if "fully_shard" in block]
-    assert block.count("...  #") == 1
-    names["train"] = train
-    exec(block.replace("...  #", "train()  #"), names)
-    torch.distributed.barrier()  # the file is whole now on every rank
-    base = stand_in(tiny).__func__("meta-llama/Llama-2-7b-hf", torch.bfloat16)
-    start = base(ids).logits
-    got, want = svft.load_adapter(base, "adapter.npz")(ids).logits, names["model"](ids).logits
-    assert (got - want).abs().max() < 0.1 * (want - start).abs().max()
-
-
 class TestTheReadme:
     def test_its_sizes_are_computed_from_the_shapes(self):
         """In bfloat16; the cache in float32; n^2 max(d1, d2) 4e-10 seconds an SVD."""
@@ -132,12 +104,3 @@ class TestTheReadme:
         assert f"# -> {said}\n" in README
         assert re.sub(r"[\d.,]+", "#", said) in re.sub(r"[\d.,]+", "#", capsys.readouterr().out)
         assert (tmp_path / "adapter.npz").is_file() and (tmp_path / "merged" / "config.json").is_file()
-
-    @needs_gloo
-    @pytest.mark.skipif(not FSDP_ON_THE_CPU, reason="torch 2.6 has no FSDP2 on the CPU")
-    def test_its_fsdp2_runs_in_two_processes(self, tiny, tmp_path, monkeypatch):
-        """Inject, shard, train, save on every rank, load into a plain model, merge."""
-        pytest.importorskip("transformers")
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        in_processes(in_a_group, (tmp_path, fsdp_block, tiny), 2, start_method="spawn")
-        assert (tmp_path / "merged" / "config.json").is_file()

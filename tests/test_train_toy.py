@@ -148,7 +148,6 @@ class TestMistakes:
         "--pattern diagonal": "invalid choice: 'diagonal'",
         "--pattern top_k": "top_k",
         "--pattern plain --d 2": "--d: got it with --pattern plain",
-        "--d -1": "got (-1, -1), want at least 0",
         "--targets c_attn absent": "absent",
         "--device tpu": "--device: got 'tpu'",
         "--save no/such/folder/a.npz": "--save: got no/such/folder/a.npz",
