@@ -157,7 +157,7 @@ def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
     [[0, 1], [1, 0]]
     """
     _require(len(U) == Vh.shape[1], "top_k", f"a {len(U)} x {Vh.shape[1]} weight", "d1 = d2; or 'banded', 'random'")
-    alignment = (_exact(U).T @ _exact(Vh).T).abs().flatten().cpu()  # (r1 r2,)
+    alignment = (_exact(U).mT @ _exact(Vh).mT).abs().flatten().cpu()  # (r1 r2,)
     _require(1 <= k <= len(alignment), "k", k, f"1 to {len(alignment)}")
     flat = alignment.sort(descending=True, stable=True).indices[:k].sort().values  # (k,)
     return torch.stack([flat // len(Vh), flat % len(Vh)])
@@ -869,7 +869,7 @@ def _check_alone(layer: nn.Module, parts: set[str]) -> None:
     extra = {*layer._parameters, *layer._buffers, *layer._modules} - parts
     extra |= {kind for kind, found in vars(layer).items() if kind.endswith("_hooks") and found}
     extra |= {"forward"} if layer.forward != type(layer).forward.__get__(layer) else set()
-    _require(not extra, "layer", f"{sorted(extra)} of its own", "them removed: they would be lost", TypeError)
+    _require(not extra, "layer", sorted(extra), "no hooks, forward or parts of its own: they would be lost")
 
 
 def _check_weight(weight: Tensor, name: str = "weight") -> None:
@@ -910,18 +910,18 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
         "W0 V = U Sigma": (W @ (Vh.T @ b), U[:, : len(S)] @ (S * b[: len(S)])),
         "W0^T U = V Sigma": (W.T @ (U @ a), Vh[: len(S)].T @ (S * a[: len(S)])),
     }
-    why = "another weight's (changed or reloaded?), of another dtype (train, load and merge in one), or averaged"
+    why = "was W0 changed or reloaded, the model converted (train, load, merge in one dtype), U trained or averaged?"
     for law, (left, right) in laws.items():
         error = (left - right).norm()
         got = f"U, S, Vh with a relative error of {float(error / right.norm()):.1g} in {law}"
-        _require(error <= limit * right.norm(), "svd", got, f"at most {limit:.0g}; they are {why}")  # nor if it is NaN
+        _require(error <= limit * right.norm(), "svd", got, f"at most {limit:.0g}; {why}")  # nor if it is NaN
 
 
 def _check_whole(layer: SVFTLinear) -> None:
     """Refuse a layer whose parts no longer belong together."""
+    _check_finite(_exact(layer.m.detach()), "m")
     _check_omega(layer.omega, layer.U.shape[1], len(layer.Vh))
     _require(layer.m.shape == layer.omega[0].shape, "m", tuple(layer.m.shape), tuple(layer.omega[0].shape))
-    _check_finite(_exact(layer.m.detach()), "m")
     _check_svd(SVD(layer.U, layer.S, layer.Vh), _exact_W0(layer).to(layer.U.dtype))
 
 

@@ -115,9 +115,9 @@ def with_fsdp(rank, tiny, dtype):
         fully_shard(root)(torch.randn(2, 5))  # its weights stay gathered: plain tensors, for the time being
     merge, load = svft.merge, lambda m: svft.load_adapter(m, "adapter.npz")
     inject, sharded = lambda m: svft.inject(m, ["2"]), names["model"]
-    for refused, model in ((merge, sharded), (load, sharded), (merge, at_root), (load, at_root), (inject, plain)):
-        with pytest.raises((TypeError, ValueError), match="model: got a sharded one"):
-            refused(model)
+    for act, model in ((merge, sharded), (load, sharded), (merge, at_root), (inject, plain)):
+        with pytest.raises((TypeError, ValueError), match="layer '.*: got (DTensor.* sharded|.*_hooks)"):
+            act(model)
 
 
 class TestDistributedAndOffloaded:
