@@ -81,20 +81,19 @@ def compute_svd(
 
     weight: (d1, d2), float16, bfloat16, float32 or float64. rank: the top r only; a layer then cuts its update and
     never W0 (D8). full_matrices: U (d1, d1) and Vh (d2, d2), which lemma (b) needs (D1). cache_dir: a folder that
-    keeps the result. Returns float32 factors (float64 for a float64 weight) on the weight's device. Raises TypeError
-    or ValueError, naming the argument.
+    keeps the result. Returns float32 factors (float64 for a float64 weight) on the weight's device.
 
     >>> [tuple(t.shape) for t in compute_svd(torch.randn(6, 4), rank=3)]
     [(6, 3), (3,), (3, 4)]
     """
     _check_weight(weight)
-    _require(rank is None or rank >= 1 and not full_matrices, "rank", rank, "at least 1, and not with full_matrices")
+    _require(rank is None or (rank >= 1 and not full_matrices), "rank", rank, "at least 1, and not with full_matrices")
     if cache_dir is not None:
         return _cached_svd(Path(cache_dir), weight, rank, full_matrices)
     W = _exact(weight.detach())  # (d1, d2)
-    wide = W.shape[0] < W.shape[1]  # LAPACK takes up to 1.7 times as long on a wide matrix: it gets the transpose
-    U, S, Vh = torch.linalg.svd(W.T if wide else W, full_matrices=full_matrices)
-    if wide:
+    transposed = W.shape[0] < W.shape[1]  # LAPACK takes up to 1.7 times as long on a wide matrix as on a tall one
+    U, S, Vh = torch.linalg.svd(W.T if transposed else W, full_matrices=full_matrices)
+    if transposed:
         U, Vh = Vh.T, U.T
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]  # rank None takes all
     # (-u_i, -v_i) fits as well as (u_i, v_i), and M depends on the choice. So the largest entry of u_i is made positive
@@ -108,7 +107,7 @@ def compute_svd(
 
 
 # ---------------------------------------------------------------- Section 3.1: Omega, where M may be non-zero
-# Each returns Omega as an int64 tensor (2, k) on the CPU, and raises TypeError or ValueError for what it cannot be.
+# Each returns Omega as an int64 tensor (2, k) on the CPU, and raises for what it cannot be.
 
 
 def omega_plain(r1: int, r2: int) -> Tensor:
@@ -157,7 +156,7 @@ def omega_top_k(U: Tensor, Vh: Tensor, k: int) -> Tensor:
     [[0, 1], [1, 0]]
     """
     _require(len(U) == Vh.shape[1], "top_k", f"a {len(U)} x {Vh.shape[1]} weight", "d1 = d2; or 'banded', 'random'")
-    alignment = (_exact(U).mT @ _exact(Vh).mT).abs().flatten().cpu()  # (r1 r2,)
+    alignment = (_exact(U).mT @ _exact(Vh).mT).abs().flatten().cpu()  # (r1 r2,); mT refuses what is no matrix
     _require(1 <= k <= len(alignment), "k", k, f"1 to {len(alignment)}")
     flat = alignment.sort(descending=True, stable=True).indices[:k].sort().values  # (k,)
     return torch.stack([flat // len(Vh), flat % len(Vh)])
@@ -181,9 +180,9 @@ class SVFTLinear(nn.Module):
     pattern: "plain", "banded", "random", "top_k", an omega (2, k), or a function of the SVD that returns one.
     d: half-width of the band. "random" and "top_k" take k entries, or as many as that band. Others ignore d.
     seed: of "random". path: "dense", "gather", "fused", or "auto", the one with the fewest multiply-adds (D11).
-    keep_weight: if False the layer computes with U Sigma V^T alone, and `.weight` is None.
+    keep_weight: if False the layer holds no W0 and `.weight` is None: U Sigma V^T stands in for it on every path.
     svd: the weight's SVD if it is known; else compute_svd gets rank, full_matrices and cache_dir.
-    Raises TypeError or ValueError, naming what it got and what it wants.
+    Raises TypeError or ValueError, with what it got and what it wants.
 
     m starts at zero (D6), passes no gate (D7), and is all that gets a gradient, with the bias where it is unfrozen.
     m and S are float32 (float64 for a float64 weight), U and Vh have the weight's dtype (D12). A later .to(dtype)
@@ -195,7 +194,7 @@ class SVFTLinear(nn.Module):
     (torch.Size([16]), torch.Size([3, 6]))
     """
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # a layer made inside torch.inference_mode() can be trained all the same
     def __init__(self, base: nn.Module, pattern: Pattern = "banded", d: int = 2, *, k: int | None = None, seed: int = 0,
                  path: str = "auto", keep_weight: bool = True, svd: SVD | None = None, rank: int | None = None,
                  full_matrices: bool = False, cache_dir: StrPath | None = None) -> None:  # fmt: skip
@@ -204,7 +203,7 @@ class SVFTLinear(nn.Module):
         if svd is None:
             svd = compute_svd(W0, rank=rank, full_matrices=full_matrices, cache_dir=cache_dir)
         else:
-            _require((rank, full_matrices, cache_dir) == (None, False, None), "svd", "svd= and its options", "only one")
+            _require((rank, full_matrices, cache_dir) == (None, False, None), "svd", "it with rank= etc.", "it alone")
             _check_svd(svd, W0)
         omega, self.pattern = _make_omega(pattern, svd, d, k, seed)  # (2, k), and a label for tables
 
@@ -233,7 +232,7 @@ class SVFTLinear(nn.Module):
         path = _cheapest_path(self, x) if self.path == "auto" else self.path
         if path == "dense":
             W = U @ self._M_times(Vh, add_sigma=W0 is None)  # (d1, d2)
-            if W0 is not None:  # summed in the base's layout: in another the last bit of h may change
+            if W0 is not None:  # summed as the base stores it: in the other memory order the last bit of h may change
                 W = self._layout(self._layout(W0) + self._layout(W))
             return F.linear(x, W, self.bias)
         z = Vh @ x.reshape(-1, x.shape[-1]).T  # (r2, tokens)
@@ -242,16 +241,16 @@ class SVFTLinear(nn.Module):
             return F.linear(x, W0, self.bias) + (self._M_times(z).T @ U.T).view(shape)
         return F.linear(self._M_times(z, add_sigma=True).T, U, self.bias).view(shape)
 
-    def _layout(self, W: Tensor) -> Tensor:  # (d1, d2) into the base's layout, or back
+    def _layout(self, W: Tensor) -> Tensor:  # (d1, d2) to the base's own storage, or back: Conv1D's is transposed
         return W if self._base_type is nn.Linear else W.T
 
     def _M_times(self, Z: Tensor, *, add_sigma: bool = False) -> Tensor:
-        """M Z or (Sigma + M) Z in Z's dtype, of Z (r2, c), whose c columns are tokens or W0's inputs: (r1, c)."""
+        """M Z, or (Sigma + M) Z: (r1, c), in Z's dtype. Z: (r2, c); z with c = tokens, or V^T with c = d2."""
         m = torch.zeros_like(self.m) if self._disabled else self.m
         Y = _sparse_times(self.omega, m, self.U.shape[1], Z)  # (r1, c)
         if add_sigma:  # beside M Z, not in M: in half precision Sigma + M would lose a small m on the diagonal
             S = self.S.detach()[:, None].to(Y.dtype)  # (min(r1, r2), 1)
-            square = len(Y) == len(Z)  # not in the full SVD of a rectangular weight
+            square = len(Y) == len(Z)  # then in place on Y itself: on a slice of it, backward would copy the gradient
             (Y if square else Y[: len(S)]).addcmul_(S, (Z if square else Z[: len(S)]).to(Y.dtype))
         return Y.to(Z.dtype)
 
@@ -271,11 +270,11 @@ class SVFTLinear(nn.Module):
         return _dense_M(self.omega, self.m, self.U.shape[1], len(self.Vh))
 
     def delta_weight(self) -> Tensor:
-        """Delta W = U M V^T, (d1, d2), Eq. (2); differentiable in m. Like merged_weight in dtype and device."""
+        """Delta W = U M V^T, (d1, d2), Eq. (2); differentiable in m. In float64, then float32 unless U is float64."""
         return _exact_delta(self).to(_wide(self.U.dtype)).to(self.U.device)
 
     def merged_weight(self) -> Tensor:
-        """W0 + Delta W, (d1, d2); differentiable in m. In float64, then rounded to float32 unless U is float64."""
+        """W0 + Delta W, (d1, d2); differentiable in m. In float64 and then rounded, like delta_weight."""
         return (_exact_W0(self) + _exact_delta(self)).to(_wide(self.U.dtype)).to(self.U.device)
 
     def check_rank(self) -> tuple[int, int, int]:
@@ -284,16 +283,17 @@ class SVFTLinear(nn.Module):
         The rank is numerical, in float64. Raises RuntimeError unless the three ascend, ValueError for NaN or inf.
         """
         M = _exact(self.M().detach())  # (r1, r2)
+        _check_finite(M, "m")
         bound = rank_bound(self.omega, (self.out_features, self.in_features))
         found = (int(torch.linalg.matrix_rank(M)), term_rank(self.omega), bound)
-        _require(sorted(found) == [*found], "rank, term rank, bound", found, "them to ascend", RuntimeError)
+        _require(found[0] <= found[1] <= found[2], "rank, term rank, bound", found, "them to ascend", RuntimeError)
         return found
 
     def merge(self) -> nn.Module:
         """A new, frozen layer of the base's own type with the weight W0 + Delta W; this layer stays as it is.
 
         Computed in float64 and rounded once. Warns if that rounding loses more than 10% of the update. ValueError for
-        NaN or inf in m or in the sum, for hooks, or if U, S and Vh no longer fit W0; TypeError for a sharded layer.
+        NaN or inf in m or in the sum, for hooks, or if U, S and Vh no longer fit a kept W0; TypeError if sharded.
         """
         return _merged(self)
 
@@ -302,11 +302,11 @@ class SVFTLinear(nn.Module):
 
 
 def _sparse_times(omega: Tensor, m: Tensor, r1: int, Z: Tensor) -> Tensor:
-    """M Z, of the sparse M (r1, r2) and a dense Z (r2, c): (r1, c). Row i is the sum over j of m_ij Z_j (D11)."""
+    """M Z, of the sparse M (r1, r2) and a dense Z (r2, c): (r1, c). Its row i sums m_ij (row j of Z) over j (D11)."""
     if Z.device.type != "cpu" or Z.shape[1] == 0:  # embedding_bag refuses c = 0
         # A GPU multiplies M as a dense matrix two to three times faster than it gathers. Backward keeps that matrix.
         return _dense_M(omega, m, r1, len(Z)).to(Z.dtype) @ Z
-    # embedding_bag is zeros(r1, c).index_add_(0, i, m[:, None] * Z[j]), up to 12 times faster and without the k x c
+    # embedding_bag computes zeros(r1, c).index_add_(0, i, m[:, None] * Z[j]), up to 12 times faster and without a k x c
     # tensor. It sums in float32 at least (D12). It has no second derivative and no forward-mode one.
     i, j = omega.cpu()
     starts = torch.searchsorted(i, torch.arange(r1, device=i.device))  # (r1,): where each row of M begins in m
@@ -341,24 +341,24 @@ def term_rank(omega: Tensor) -> int:
     >>> term_rank(torch.tensor([[0, 0, 0, 1], [0, 1, 2, 0]]))
     2
     """
-    omega_of: dict[int, list[int]] = {}  # row -> its columns in Omega
+    columns_of: dict[int, list[int]] = {}  # row -> its columns in Omega
     for i, j in _check_omega(omega).T.tolist():
-        omega_of.setdefault(i, []).append(j)
+        columns_of.setdefault(i, []).append(j)
     column_of: dict[int, int] = {}  # row -> the column it is matched with
     row_of: dict[int, int] = {}  # column -> the row it is matched with
-    for start in omega_of:
+    for start in columns_of:
         reached_from: dict[int, int] = {}  # column -> the row from which this search reached it
         queue = [start]
         for row in queue:  # breadth first; the queue grows meanwhile
-            new = [column for column in omega_of[row] if column not in reached_from]
+            new = [column for column in columns_of[row] if column not in reached_from]
             reached_from.update(dict.fromkeys(new, row))
             free = next((column for column in new if column not in row_of), None)
             if free is not None:
                 break
             queue += [row_of[column] for column in new]
-        while free is not None:  # back to the start: each row on the way takes the column it led to, and frees its own
-            row = row_of[free] = reached_from[free]
-            column_of[row], free = free, column_of.get(row)
+        while free is not None:  # back to the start: each row takes the free column and frees the one that it had
+            row = reached_from[free]
+            row_of[free], column_of[row], free = row, free, column_of.get(row)
     return len(row_of)
 
 
@@ -383,9 +383,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:  # float32; float64 for float64
 def _make_omega(pattern: Pattern, svd: SVD, d: int, k: int | None, seed: int) -> tuple[Tensor, str]:
     """The omega that SVFTLinear's arguments name, and its label."""
     r1, r2 = svd.U.shape[1], len(svd.Vh)
-    name = pattern if isinstance(pattern, str) else "custom"
+    name = pattern if isinstance(pattern, str) else None
     counted = name in ("random", "top_k")
-    _require(k is None or counted, "k", f"{k} with pattern {name!r}", "it with random or top_k alone")
+    _require(k is None or counted, "k", f"{k} with pattern {name or 'custom'!r}", "it with random or top_k alone")
     if counted and k is None:  # R_d and T_d have as many entries as the band of d
         k = omega_banded(r1, r2, d).shape[1]
     makers = {
@@ -393,14 +393,14 @@ def _make_omega(pattern: Pattern, svd: SVD, d: int, k: int | None, seed: int) ->
         "banded": lambda: omega_banded(r1, r2, d),
         "random": lambda: omega_random(r1, r2, k, seed=seed),
         "top_k": lambda: omega_top_k(svd.U, svd.Vh, k),
-        "custom": lambda: _check_omega(pattern(svd) if callable(pattern) else pattern, r1, r2),
+        None: lambda: _check_omega(pattern(svd) if callable(pattern) else pattern, r1, r2),
     }
     _require(name in makers, "pattern", repr(name), f"one of {[*makers][:4]}, an omega, or a function of the SVD")
-    return makers[name](), f"banded d={d}" if name == "banded" else name
+    return makers[name](), f"banded d={d}" if name == "banded" else name or "custom"
 
 
 def _paths(layer: SVFTLinear) -> list[str]:
-    """The paths that the layer can take. A cut Sigma would cut W0 where it stands for it (D8)."""
+    """The paths that the layer can take. Where U Sigma V^T stands in for W0, rank must not have cut Sigma (D8)."""
     kept = layer.weight is not None
     whole = len(layer.S) == min(layer.out_features, layer.in_features)
     able = {"auto": kept or whole, "fused": whole, "gather": kept, "dense": kept or whole}
@@ -418,13 +418,13 @@ def _cheapest_path(layer: SVFTLinear, x: Tensor) -> str:
     # A compiled graph is for inputs of all lengths: looking at the length would compile one for each choice.
     tokens = 2048 if torch.compiler.is_compiling() else x.numel() // d2
     column = 12 * len(layer.m) if x.device.type == "cpu" else r1 * r2
-    one, two = (2, 3) if torch.is_grad_enabled() else (1, 1)  # runs of a product if one factor depends, if two do
+    one, two = (2, 3) if torch.is_grad_enabled() else (1, 1)  # runs, if one factor depends on m or x; if both do
     cost = {"fused": one * tokens * (r1 * d1 + r2 * d2) + two * tokens * column}
     cost["gather"] = cost["fused"] + one * tokens * d1 * d2
     cost["dense"] = two * tokens * d1 * d2 + one * d2 * (r1 * d1 + column)
-    # An empty product has the dtype in which products run here: autocast's, or the layer's own.
-    half = layer.weight is not None and torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF
-    paths = [path for path in _paths(layer)[1:] if not (half and path == "fused")]  # fused would round W0 (D14)
+    # An empty product has the dtype in which products run here: autocast's, or the layer's own. [1:]: without "auto".
+    keep = layer.weight is not None and torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF
+    paths = [path for path in _paths(layer)[1:] if not (keep and path == "fused")]  # fused would round W0 (D14)
     return min(paths, key=cost.get)
 
 
@@ -456,7 +456,7 @@ def _merged(layer: SVFTLinear) -> nn.Module:
         warnings.warn(f"merge: rounding {tuple(W.shape)} to {W.dtype} loses {lost:.0%} of the update", stacklevel=3)
     weight = layer._layout(W)
     with torch.device("meta"):  # no random weight
-        plain = layer._base_type(*reversed(weight.shape))
+        plain = layer._base_type(*reversed(weight.shape))  # Linear(d2, d1), Conv1D(d1, d2)
     plain.weight = nn.Parameter(weight.contiguous().to(layer.U.device), requires_grad=False)
     plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone(), requires_grad=False)
     return plain.train(layer.training)
@@ -473,9 +473,9 @@ def inject(
 
     target_modules, as in PEFT (D13): a list whose entries match a module's whole name or its end at a dot; or one
     regular expression that matches whole names; or "all-linear": every layer that can be taken, but the output
-    embedding and heads that are drawn anew with each model. One warning names what it leaves out, and another the
-    stacks of weights (a mixture's experts) that a list's entry names too: both stay as they are.
-    options: SVFTLinear's. Each "random" layer draws its own Omega: its seed is seed plus the CRC-32 of its name.
+    embedding and heads that are drawn anew with each model. A warning names what else stays as it is: what
+    "all-linear" leaves out, and the stacks of weights (a mixture's experts) that an entry matches.
+    options: SVFTLinear's. Each "random" layer draws its own Omega (D3): its seed is seed plus its name's CRC-32.
     The m's of an earlier inject stay trainable. Raises TypeError or ValueError, naming the layer; model is then as it
     was. Make the optimizer, DDP and torch.compile afterwards.
 
@@ -494,8 +494,8 @@ def inject(
 def merge(model: nn.Module) -> nn.Module:
     """Replace every SVFTLinear in model by its merged plain layer, in place, and return model.
 
-    If model is itself an SVFTLinear, return its merged layer. A second merge changes nothing. Warns and raises as
-    SVFTLinear.merge does, naming the layer; model is then as it was.
+    If model is itself an SVFTLinear, return its merged layer. A second merge changes nothing. Warns as
+    SVFTLinear.merge does, and raises as it does, naming the layer; model is then as it was.
 
     >>> merge(inject(nn.Sequential(nn.Linear(4, 4)), ["0"]))[0]
     Linear(in_features=4, out_features=4, bias=True)
@@ -533,7 +533,7 @@ def summary(model: nn.Module) -> str:
     total = 0
     for name, layer in layers.items():
         d1, d2 = layer.out_features, layer.in_features
-        base += (layer.weight is None) * d1 * d2 - sum(t.numel() for t in (layer.U, layer.S, layer.Vh, layer.m))
+        base += (d1 * d2 if layer.weight is None else 0) - sum(t.numel() for t in (layer.U, layer.S, layer.Vh, layer.m))
         size = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
         total += size
         ratio = float(_exact(layer.m.detach()).norm() / _exact(layer.S.detach()).norm())
@@ -598,11 +598,12 @@ HEADS = {"score", "classifier", "qa_outputs"}  # transformers' names of heads th
 def _find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     """The modules that target_modules names (D13), in the model's order; every entry must match one."""
     modules = _named(model)
-    parameters = _named(model, "parameters").items()  # a stack of weights, as a mixture's experts: no convolution's
-    stacks = [name for name, p in parameters if p.ndim == 3 and len(p) > 1 and "weight" not in name]
+    parameters = _named(model, "parameters").items()
+    stacks = [name for name, p in parameters if p.ndim == 3 and len(p) > 1 and "weight" not in name]  # not a Conv1d's
     everything = target_modules == "all-linear"
     one = isinstance(target_modules, str)
     wanted = {target_modules} if one else {WRAPPER.sub("", entry).lstrip(".") for entry in target_modules}
+    # hits: the name of a module or stack -> the entries that match it
     if everything:
         outputs = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
         linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | nn.MultiheadAttention) or _is_base(m)]
@@ -616,14 +617,14 @@ def _find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict
     check = _checker(model, everything)
     for name, module in list(targets.items()):
         try:
-            _for_each({name: module}, check)
+            _for_each({name: module}, check)  # which names the layer in the error
         except (TypeError, ValueError):
             if not everything:
                 raise
             del targets[name]
             left.append(name)
-    _warn(left, "stay as they are: stacks of weights, new heads, or what cannot be adapted (name one to see why)")
-    missing = sorted(wanted.difference(*map(hits.get, targets)))
+    _warn(left, "stay as they are: stacks of weights, new heads, or what cannot be adapted (name one to see)")
+    missing = sorted(wanted.difference(*map(hits.get, targets)))  # the entries that no target matches
     kinds = Counter(type(module).__name__ for module in modules.values()).most_common(8)
     there = f"{_list([name for name, m in modules.items() if _is_base(m)])} in {kinds}, left out {_list(left)}"
     want = f"ends of names in a list, or one regular expression for whole names; there are {there}"
@@ -641,7 +642,7 @@ def _checker(model: nn.Module, everything: bool = False) -> Callable[[str, nn.Mo
     out: set[int] = set()  # the ids of modules
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) or hasattr(module, "_orig_mod"):
-            out.update(map(id, module.children()))  # it calls no child's forward
+            out.update(map(id, module.children()))  # it can read their weights without calling them
         if everything and (hasattr(module, "base_layer") or name.rpartition(".")[2] in HEADS):
             out.update(map(id, module.modules()))  # in another adapter, or in a head that each new model draws anew
 
@@ -701,7 +702,7 @@ def load_adapter(model: nn.Module, path: StrPath, *, cache_dir: StrPath | None =
     a^T Delta W b must agree to 1e-2 of their largest with those on the bases found here. They catch another base
     model, a flipped sign, a rotated subspace. They miss a change outside the adapted weights, in directions that Omega
     does not use, or of singular values alone; m = 0 fits every base. Raises ValueError or TypeError, naming the layer;
-    OSError if the file cannot be opened. Make the optimizer, DDP and torch.compile afterwards.
+    OSError if there is no such file. Make the optimizer, DDP and torch.compile afterwards.
     """
     files = _read_adapter(Path(path))
     modules = _named(model)
@@ -740,7 +741,7 @@ def _read_adapter(path: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def _entry_for(name: str, layer: nn.Module, arrays: dict, check: Callable[[str, nn.Module], Tensor]) -> dict[str, Any]:
     """A layer's entry as tensors; refuses arrays of other kinds and sizes. A plain layer gets the file's rank and k."""
-    omega, m, probes, shape, pattern = arrays.values()
+    omega, m, probes, shape, pattern = (arrays[part] for part in PARTS)
     kinds = [(str(a.dtype), a.shape) for a in (omega, m, probes, shape)] + [(pattern.dtype.kind, pattern.shape)]
     wide = "float64" if m.dtype == np.float64 else "float32"
     want = [("int64", (2, m.size)), (wide, (m.size,)), ("float64", (16,)), ("int64", (3,)), ("U", ())]
@@ -780,8 +781,8 @@ def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
 
 def _entry_of(layer: SVFTLinear) -> dict[str, Any]:
     _check_whole(layer)
-    thin = layer.U.shape[1] == len(layer.Vh)  # the full SVD has extra columns, which are arbitrary
-    _require(thin, "full_matrices", "the full SVD of a rectangular weight", "the thin one: save a state_dict")
+    # The full SVD of a rectangular weight has extra columns, which are arbitrary.
+    _require(layer.U.shape[1] == len(layer.Vh), "full_matrices", "the full SVD", "the thin one, or save a state_dict")
     m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu()
     shape = torch.tensor([layer.out_features, layer.in_features, len(layer.S)])
     probes = _probes(layer.omega, layer.m, layer.U, layer.Vh)
@@ -808,14 +809,14 @@ def _cached_svd(folder: Path, weight: Tensor, rank: int | None, full_matrices: b
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, np.savez, {name: t.cpu() for name, t in svd._asdict().items()})
-    except OSError:  # the text names the folder alone, so Python says it once
+    except OSError:  # the text leaves the file out, so that Python shows it once for a folder, not once for each layer
         warnings.warn(f"cache_dir: cannot write in {str(folder)!r}; going on without", stacklevel=3)
     return svd
 
 
 def _read(path: Path, known: Callable[[str], bool]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Names that are not known, or come twice, are refused before anything is read."""
-    with np.load(path, allow_pickle=False, mmap_mode="r") as archive:  # an .npy file is mapped, then no archive
+    with np.load(path, allow_pickle=False, mmap_mode="r") as archive:  # an .npy fails here, mapped and not read
         names = archive.files
         fit = len({*names}) == len(names) and all(map(known, names))
         _require(fit, "names", _list(names), "those of this format, each once")
@@ -865,7 +866,7 @@ def _check_base(base: nn.Module) -> Tensor:
 
 
 def _check_alone(layer: nn.Module, parts: set[str]) -> None:
-    """Refuse a layer with anything on it that its replacement would not have."""
+    """Refuse a layer with hooks, a forward or parts of its own: its replacement would have none."""
     extra = {*layer._parameters, *layer._buffers, *layer._modules} - parts
     extra |= {kind for kind, found in vars(layer).items() if kind.endswith("_hooks") and found}
     extra |= {"forward"} if layer.forward != type(layer).forward.__get__(layer) else set()
@@ -874,10 +875,10 @@ def _check_alone(layer: nn.Module, parts: set[str]) -> None:
 
 def _check_weight(weight: Tensor, name: str = "weight") -> None:
     dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
-    fit = dense and weight.dtype in (*HALF, torch.float32, torch.float64)
-    size = fit and weight.ndim == 2 and weight.numel() and not weight.is_meta
+    floats = dense and weight.dtype in (*HALF, torch.float32, torch.float64)
+    whole = floats and weight.ndim == 2 and weight.numel() and not weight.is_meta
     want = "a dense matrix of floats, not empty, in memory (offloaded? remove the hooks; sharded? use a plain model)"
-    _require(size, name, _kind(weight), want, ValueError if fit else TypeError)
+    _require(whole, name, _kind(weight), want, ValueError if floats else TypeError)
     _check_finite(weight, name)
 
 
@@ -900,9 +901,9 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
     fit = (U.ndim, S.ndim, Vh.ndim) == (2, 1, 2) and (len(U), Vh.shape[1]) == W.shape
     shapes = [tuple(t.shape) for t in svd]
     _require(fit and len(S) == min(U.shape[1], len(Vh)) > 0, "svd", shapes, "shapes (d1, r1), (min(r1, r2),), (r2, d2)")
-    random = np.random.RandomState(0)  # no entry of a and b is small: an error in any of theirs shows in full
-    signs = (random.uniform(1, 2, r) * random.choice([-1.0, 1.0], r) for r in (U.shape[1], len(Vh)))
-    a, b = (torch.from_numpy(t).to(W.device) for t in signs)  # (r1,), (r2,)
+    random = np.random.RandomState(0)  # a and b have sizes from 1 to 2 and random signs: no wrong entry hides
+    draws = (random.uniform(1, 2, r) * random.choice([-1.0, 1.0], r) for r in (U.shape[1], len(Vh)))
+    a, b = (torch.from_numpy(draw).to(W.device) for draw in draws)  # (r1,), (r2,)
     laws = {
         "Sigma sorted, >= 0": (S, S.abs().sort(descending=True).values),
         "U^T U = I": (U.T @ (U @ a), a),
@@ -914,7 +915,7 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
     for law, (left, right) in laws.items():
         error = (left - right).norm()
         got = f"U, S, Vh with a relative error of {float(error / right.norm()):.1g} in {law}"
-        _require(error <= limit * right.norm(), "svd", got, f"at most {limit:.0g}; {why}")  # nor if it is NaN
+        _require(error <= limit * right.norm(), "svd", got, f"at most {limit:.0g}; {why}")  # NaN fails it too
 
 
 def _check_whole(layer: SVFTLinear) -> None:
@@ -922,7 +923,7 @@ def _check_whole(layer: SVFTLinear) -> None:
     _check_finite(_exact(layer.m.detach()), "m")
     _check_omega(layer.omega, layer.U.shape[1], len(layer.Vh))
     _require(layer.m.shape == layer.omega[0].shape, "m", tuple(layer.m.shape), tuple(layer.omega[0].shape))
-    _check_svd(SVD(layer.U, layer.S, layer.Vh), _exact_W0(layer).to(layer.U.dtype))
+    _check_svd(SVD(layer.U, layer.S, layer.Vh), _exact_W0(layer).to(layer.U.dtype))  # whose rounding is the limit
 
 
 def _check_omega(omega: Tensor, r1: float = float("inf"), r2: float = float("inf")) -> Tensor:

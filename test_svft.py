@@ -1186,7 +1186,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], path='fused', rank=2)", ValueError, "layer '2': path: got 'fused', want one of ['auto', 'ga"),
     ("inject(m, ['2'], keep_weight=False, rank=2)", ValueError, "layer '2': path: got 'auto', want one of []"),
     ("inject(m, ['2'], ranks=2)", TypeError, "got an unexpected keyword argument 'ranks'"),
-    ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got svd= and its options"),
+    ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got it with rank="),
     ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)))", ValueError, "in W0 V = U Sigma"),
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),
     ("inject(m, ['2'], svd=SVD(*(-t for t in compute_svd(m[2].weight))))", ValueError, "in Sigma sorted, >= 0"),
