@@ -261,7 +261,7 @@ class SVFTLinear(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
-        want = f"one of {_paths(self)}; rank= with fused or keep_weight=False would cut W0 (D8)"
+        want = f"one of {_paths(self)}: gather needs W0; fused, and any path without W0, all of Sigma (no rank=, D8)"
         _require(path in _paths(self), "path", repr(path), want)
         self._path = path
 
@@ -295,7 +295,7 @@ class SVFTLinear(nn.Module):
         Computed in float64 and rounded once. Warns if that rounding loses more than 10% of the update. ValueError for
         NaN or inf in m or in the sum, for hooks, or if U, S and Vh no longer fit a kept W0; TypeError if sharded.
         """
-        return _merged(self)
+        return _merged(self, "")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.pattern}, k={len(self.m)}"
@@ -442,10 +442,9 @@ def _exact_W0(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _merged(layer: SVFTLinear) -> nn.Module:
-    """SVFTLinear.merge."""
-    _check_weight(layer.U, "U")
-    _check_alone(layer, {"weight", "bias", "U", "S", "Vh", "m", "omega"})
+def _merged(layer: SVFTLinear, name: str) -> nn.Module:
+    """SVFTLinear.merge. name: the layer's, for the warning."""
+    _check_alone(layer)
     _check_whole(layer)
     W0 = _exact_W0(layer)  # (d1, d2)
     delta = _exact_delta(layer)  # (d1, d2)
@@ -453,7 +452,7 @@ def _merged(layer: SVFTLinear) -> nn.Module:
     _check_finite(W, "merged weight")
     lost = float((W.double() - W0 - delta).norm() / delta.norm())
     if lost > 0.1:  # not for m = 0: lost is NaN
-        warnings.warn(f"merge: rounding {tuple(W.shape)} to {W.dtype} loses {lost:.0%} of the update", stacklevel=3)
+        _warn([name], f"merged and rounded to {W.dtype}: that loses {lost:.0%} of the update", level=6)
     weight = layer._layout(W)
     with torch.device("meta"):  # no random weight
         plain = layer._base_type(*reversed(weight.shape))  # Linear(d2, d1), Conv1D(d1, d2)
@@ -501,7 +500,7 @@ def merge(model: nn.Module) -> nn.Module:
     Linear(in_features=4, out_features=4, bias=True)
     """
     layers = _svft_layers(model)
-    new = _for_each(layers, lambda name, layer: layer.merge())
+    new = _for_each(layers, lambda name, layer: _merged(layer, name))
     return new[""] if isinstance(model, SVFTLinear) else _replace(model, layers, new, freeze=False)
 
 
@@ -592,6 +591,7 @@ def _for_each(layers: Mapping[str, Any], make: Callable[[str, Any], Any]) -> dic
 
 # ---------------------------------------------------------------- Which layers are targets
 
+ADAPTER = {"base_layer", "original_module"}  # one of them lies in each of PEFT's wrappers
 HEADS = {"score", "classifier", "qa_outputs"}  # transformers' names of heads that each new model draws anew
 
 
@@ -623,7 +623,7 @@ def _find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict
                 raise
             del targets[name]
             left.append(name)
-    _warn(left, "stay as they are: stacks of weights, new heads, or what cannot be adapted (name one to see)")
+    _warn(left, "stay as they are: stacks of weights, new heads, or what cannot be adapted (name one to see)", level=5)
     missing = sorted(wanted.difference(*map(hits.get, targets)))  # the entries that no target matches
     kinds = Counter(type(module).__name__ for module in modules.values()).most_common(8)
     there = f"{_list([name for name, m in modules.items() if _is_base(m)])} in {kinds}, left out {_list(left)}"
@@ -643,7 +643,7 @@ def _checker(model: nn.Module, everything: bool = False) -> Callable[[str, nn.Mo
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) or hasattr(module, "_orig_mod"):
             out.update(map(id, module.children()))  # it can read their weights without calling them
-        if everything and (hasattr(module, "base_layer") or name.rpartition(".")[2] in HEADS):
+        if everything and (ADAPTER & module._modules.keys() or name.rpartition(".")[2] in HEADS):
             out.update(map(id, module.modules()))  # in another adapter, or in a head that each new model draws anew
 
     def check(name: str, base: nn.Module) -> Tensor:
@@ -746,11 +746,11 @@ def _entry_for(name: str, layer: nn.Module, arrays: dict, check: Callable[[str, 
     wide = "float64" if m.dtype == np.float64 else "float32"
     want = [("int64", (2, m.size)), (wide, (m.size,)), ("float64", (16,)), ("int64", (3,)), ("U", ())]
     fit = kinds == want and pattern.itemsize < 400 and shape[2] <= shape[:2].min()
-    _require(fit, "no whole adapter file", [*kinds, *shape.flat], want)
+    _require(fit, "no whole adapter file", [*kinds, shape.tolist()], want)
     _require(np.isfinite(m).all() and np.isfinite(probes).all(), "m, probes", "NaN or inf", "finite values")
     sizes = [*shape.tolist(), len(m)]
     if isinstance(layer, SVFTLinear):
-        _check_weight(layer.U, "U")
+        _check_alone(layer)  # FSDP, say, would undo the change
         own = [layer.out_features, layer.in_features, len(layer.S), len(layer.m)]
     else:
         own = [*check(name, layer).shape, *sizes[2:]]
@@ -784,7 +784,7 @@ def _entry_of(layer: SVFTLinear) -> dict[str, Any]:
     # The full SVD of a rectangular weight has extra columns, which are arbitrary.
     _require(layer.U.shape[1] == len(layer.Vh), "full_matrices", "the full SVD", "the thin one, or save a state_dict")
     m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu()
-    shape = torch.tensor([layer.out_features, layer.in_features, len(layer.S)])
+    shape = torch.tensor([layer.out_features, layer.in_features, len(layer.S)], device="cpu")
     probes = _probes(layer.omega, layer.m, layer.U, layer.Vh)
     return dict(zip(PARTS, (layer.omega.cpu(), m, probes, shape, layer.pattern), strict=True))
 
@@ -852,25 +852,25 @@ def _list(names: Sequence[str]) -> str:
     return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _warn(names: list[str], what: str) -> None:
+def _warn(names: list[str], what: str, level: int = 3) -> None:
     if names:
-        warnings.warn(f"{_list(names)} {what}", stacklevel=3)
+        warnings.warn(f"{_list(names)} {what}", stacklevel=level)
 
 
 def _check_base(base: nn.Module) -> Tensor:
     """base's weight as W0 (d1, d2); raises unless an SVFTLinear can take base's place."""
     _require(_is_base(base), "base", type(base), "exactly nn.Linear or Conv1D of transformers, not adapted", TypeError)
-    _check_alone(base, {"weight", "bias"})
+    _check_alone(base)
     _check_weight(base.weight)
     return base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T
 
 
-def _check_alone(layer: nn.Module, parts: set[str]) -> None:
+def _check_alone(layer: nn.Module) -> None:
     """Refuse a layer with hooks, a forward or parts of its own: its replacement would have none."""
-    extra = {*layer._parameters, *layer._buffers, *layer._modules} - parts
+    extra = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias", "U", "S", "Vh", "m", "omega"}
     extra |= {kind for kind, found in vars(layer).items() if kind.endswith("_hooks") and found}
     extra |= {"forward"} if layer.forward != type(layer).forward.__get__(layer) else set()
-    _require(not extra, "layer", sorted(extra), "no hooks, forward or parts of its own: they would be lost")
+    _require(not extra, "layer", sorted(extra), "none: all would be lost (remove hooks; sharded? use a plain model)")
 
 
 def _check_weight(weight: Tensor, name: str = "weight") -> None:
@@ -893,7 +893,7 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
 
     In float64 on random vectors (Freivalds' check): O(d1 d2) multiply-adds; the products themselves take O(n d1 d2).
     """
-    tensors = isinstance(svd, tuple) and len(svd) == 3 and all(isinstance(t, Tensor) for t in svd)
+    tensors = isinstance(svd, tuple) and hasattr(svd, "Vh") and all(isinstance(t, Tensor) for t in svd)
     _require(tensors, "svd", type(svd).__name__, "an SVD(U, S, Vh) of tensors", TypeError)
     limit = max(2e-5, 1.5 * torch.finfo(torch.promote_types(W0.dtype, svd[0].dtype)).eps)
     W = _exact(W0)  # (d1, d2)

@@ -523,10 +523,13 @@ class TestLemma_c_rank:
         assert layer.check_rank() == (1, 1, 4)
 
     def test_a_rank_above_its_bound_raises(self, monkeypatch):
-        """check_rank compares what it found; it does not assume the lemma."""
+        """check_rank compares what it found; it does not assume the lemma. Of NaN or inf it finds nothing."""
         layer = randomize(SVFTLinear(plain_layer(4, 4)))
         monkeypatch.setattr(svft, "term_rank", lambda omega: 1)
         with pytest.raises(RuntimeError, match="rank"):
+            layer.check_rank()
+        layer.m.data[0] = math.inf
+        with pytest.raises(ValueError, match="m: got NaN or inf"):
             layer.check_rank()
 
     @given(layer=layers())

@@ -183,6 +183,14 @@ class TestAdapterFiles:
 
 
 class TestThePlaceOfAFile:
+    def test_a_default_device_changes_nothing_in_the_file(self, saved):
+        """Where torch.set_default_device is another than the model's."""
+        _, model, path = saved
+        was = path.read_bytes()
+        with torch.device("meta"):
+            svft.save_adapter(model, path)
+        assert path.read_bytes() == was
+
     def test_saving_through_a_link_keeps_the_link(self, saved, tmp_path):
         """The file behind a symbolic link is replaced or made, not the link."""
         _, model, path = saved
@@ -322,8 +330,11 @@ class TestOddLayers:
 
     def test_all_linear_leaves_out_what_lies_in_another_adapter_and_names_eight_at_most(self):
         """As PEFT wraps a layer: the base and two small layers beside it. Adapting them would change what it does."""
-        sizes = {"base_layer": (6, 6), "lora_A": (6, 2), "lora_B": (2, 6)}
-        wrapped = [nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}) for _ in range(4)]
+        sizes = {"lora_A": (6, 2), "lora_B": (2, 6)}
+        wrapped = [
+            nn.ModuleDict({name: nn.Linear(*size) for name, size in {base: (6, 6), **sizes}.items()})
+            for base in ["base_layer", "original_module"] * 2
+        ]
         model = nn.Sequential(*wrapped, nn.Linear(6, 6))
         with pytest.warns(UserWarning, match="0.base_layer.* and 4 more") as caught:
             assert adapted(svft.inject(model, "all-linear")) == ["4"]
