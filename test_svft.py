@@ -334,6 +334,7 @@ class TestOmega_Section_3_1:
         """Pinned: numpy promises never to change the stream of RandomState. Each position is drawn equally often."""
         assert omega_random(4, 4, 5, seed=0).T.tolist() == [[0, 1], [1, 2], [2, 0], [2, 1], [3, 1]]
         assert not torch.equal(omega_random(9, 9, 20, seed=0), omega_random(9, 9, 20, seed=1))
+        assert torch.equal(omega_random(9, 9, 20, seed=-1), omega_random(9, 9, 20, seed=2**32 - 1))  # it wraps around
         hits = torch.zeros(3, 4)
         for seed in range(600):
             hits[tuple(omega_random(3, 4, 4, seed=seed))] += 1
@@ -367,6 +368,11 @@ class TestOmega_Section_3_1:
         scaled = SVFTLinear(plain_layer(5, 4), lambda svd: omega_plain(len(svd.S), len(svd.S)))
         scaled.m.data.copy_(svd.S * (R[0, 0] - 1))
         near(scaled.merged_weight(), (svd.U * svd.S * R[0, 0]) @ svd.Vh, 1e-12)  # SVF: U diag(sigma z) V^T
+
+    def test_patterns_without_a_band_ignore_d(self):
+        """As SVFTLinear's docstring says: a d that no band could have is no error."""
+        for pattern in ("plain", omega_plain(4, 4)):
+            assert len(SVFTLinear(plain_layer(6, 4), pattern, -1).m) == 4
 
 
 class TestTheLayer_Eq_1_and_2:
@@ -430,6 +436,37 @@ class TestTheLayer_Eq_1_and_2:
                 trains = not factor and (unfrozen or name.endswith("m"))
                 moved = now != before.get_parameter(name)
                 assert moved.all() if trains else now.grad is None and not moved.any(), (name, unfrozen)
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_an_input_may_have_any_strides(self, path):
+        """Attention hands over transposed views: h is that of a contiguous copy."""
+        layer, x = SVFTLinear(plain_layer(6, 4), path=path), torch.randn(4, 3, 2, dtype=torch.float64).permute(2, 1, 0)
+        layer.m.data += 1
+        near(layer(x), layer(x.contiguous()), 1e-12)
+
+    @pytest.mark.parametrize("shape", [(3, 5), (5, 3)], ids=in_words)
+    def test_the_full_svd_gives_the_same_h_on_every_path(self, shape):
+        """Sigma is then a rectangle: it meets the first min(d1, d2) rows of z alone."""
+        layer, x = SVFTLinear(plain_layer(*shape), full_matrices=True), torch.randn(2, shape[1], dtype=torch.float64)
+        layer.m.data += 1
+        for layer.path in PATHS:
+            near(layer(x), x @ layer.merged_weight().T + layer.bias, 1e-12)
+
+    def test_an_empty_batch_works_with_any_number_of_threads(self):
+        """With one thread embedding_bag takes no columns, with more it refuses them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            assert SVFTLinear(plain_layer(9, 7, dtype=torch.float32), path="gather")(torch.ones(0, 7)).shape == (0, 9)
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_no_gradient_reaches_U_or_Vh_through_delta_weight_or_merged_weight(self):
+        """A penalty on Delta W trains m alone, whatever requires_grad says."""
+        layer = SVFTLinear(plain_layer(6, 4)).requires_grad_(True)
+        layer.m.data += 1
+        (layer.delta_weight() + layer.merged_weight()).square().sum().backward()
+        assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["m"]
 
 
 class TestLemma_a_structure:
@@ -515,7 +552,8 @@ class TestLemma_c_rank:
 
         assert svft.term_rank(omega) == svft.term_rank(2**40 * omega + 7) == best(0, frozenset())
         moved_on_twice = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 0, 1]])  # row 0 gives way to row 1, then to row 2
-        assert svft.term_rank(moved_on_twice) == 3
+        found_before_the_end = torch.tensor([[0, 0, 1, 2, 2], [0, 2, 1, 0, 1]])  # row 2 takes row 0's column
+        assert svft.term_rank(moved_on_twice) == svft.term_rank(found_before_the_end) == 3
 
     def test_entries_piled_up_in_one_row_have_rank_one(self):
         """Four entries share a row: lemma (c) allows rank 4, the term rank says 1, and so it is."""
@@ -733,6 +771,10 @@ class TestDisabledAndSummary:
         assert layers == [f"2 layers, {held + int(second[5]):,} bytes"]
         assert last == [f"trained: 23 parameters, {23 / 106:.3%} of the base model's 106"]  # 36 + 42 + 28
 
+    def test_a_model_without_parameters_has_a_summary(self):
+        """0 layers, 0 of 0 parameters: no division by zero."""
+        assert svft.summary(nn.Tanh()).endswith("trained: 0 parameters, 0.000% of the base model's 0")
+
 
 class TestDtypesAndAutocast:
     """U and Vh have the dtype of the weight; m, S and the sparse step are float32 or better (D12)."""
@@ -791,6 +833,10 @@ class TestDtypesAndAutocast:
             torch.set_float32_matmul_precision("medium")  # allows TF32 too
             assert all(map(torch.equal, [*compute_svd(base.weight), *merged()], want))
         assert len(seen) > 8 and set(seen) == {torch.float64}
+
+    def test_M_is_float32_at_least(self):
+        """Also where a later .to(dtype) has made m half."""
+        assert SVFTLinear(plain_layer(6, 4)).bfloat16().M().dtype == torch.float32
 
 
 def multiply_adds(layer, x):
@@ -974,6 +1020,13 @@ class TestSVDCache:
             recomputed += len(svd_calls)
         assert recomputed > len(whole) / 29 / 2 and list(tmp_path.iterdir()) == [path]
 
+    @devices
+    def test_cached_factors_are_on_the_device_of_the_weight(self, tmp_path, device):
+        """Computed, and read from the file."""
+        W = torch.randn(6, 4, device=device)
+        for _ in "twice":
+            assert {t.device for t in compute_svd(W, cache_dir=tmp_path)} == {W.device}
+
 
 @pytest.fixture
 def saved(tmp_path):
@@ -1015,6 +1068,7 @@ UNFIT = [  # a change of the base model m that the adapter was trained on; what 
 ]
 UNTRUE = [  # what was done to the adapted model m before it is saved; what the warning says
     ("m[4].requires_grad_(True)", "'4.weight', '4.bias'"),
+    ("m[2].bias.requires_grad_(True)", "'2.bias'"),
     ("randomize(m, 0)", "'0', '2'. have an m that is still zero"),
     ("m[2].m.data.zero_()", "'2'"),
 ]
@@ -1162,6 +1216,14 @@ class TestAdapterFile:
         with pytest.warns(UserWarning, match=text):
             svft.save_adapter(m, tmp_path / "a.npz")
 
+    def test_the_name_of_a_layer_may_hold_a_slash(self, tmp_path):
+        """NAME/m splits at the last slash: ModuleDict allows any name without a dot."""
+        model = randomize(svft.inject(nn.ModuleDict({"a/b": nn.Linear(4, 4)}), ["a/b"]))
+        svft.save_adapter(model, tmp_path / "a.npz")
+        fresh = nn.ModuleDict({"a/b": copy.deepcopy(model["a/b"])})
+        fresh["a/b"].m.data.zero_()
+        assert torch.equal(svft.load_adapter(fresh, tmp_path / "a.npz")["a/b"].m, model["a/b"].m)
+
 
 # ---------------------------------------------------------------- bad input: one message for each kind
 
@@ -1190,7 +1252,9 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], keep_weight=False, rank=2)", ValueError, "layer '2': path: got 'auto', want one of []"),
     ("inject(m, ['2'], ranks=2)", TypeError, "got an unexpected keyword argument 'ranks'"),
     ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got it with rank="),
+    ("inject(m, ['2'], svd=[*compute_svd(m[2].weight)])", TypeError, "layer '2': svd: got list, want an SVD(U, S, Vh)"),
     ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)))", ValueError, "in W0 V = U Sigma"),
+    ("inject(m, ['4'], svd=compute_svd(m[4].weight * (torch.arange(6) < 5)))", ValueError, "in W0^T U = V Sigma"),
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),
     ("inject(m, ['2'], svd=SVD(*(-t for t in compute_svd(m[2].weight))))", ValueError, "in Sigma sorted, >= 0"),
     ("inject(m, [])", ValueError, "target_modules: got []"),
