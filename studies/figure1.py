@@ -263,7 +263,7 @@ def plot(panels: dict[str, dict[str, dict[str, Any]]], picture: Path) -> None:
     """SVFT in black, the others in colour. Every axis of shares starts at 0."""
     import matplotlib.figure
 
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "svft", "font.size": 9, "axes.grid": True}
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "svft", "font.size": 8, "axes.grid": True}
     figure = matplotlib.figure.Figure(figsize=(6 * len(panels), 5), layout="constrained")
     for axes, (head, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axes.set(title=head, xscale="log", xlabel="trained parameters", ylabel="recovered on the test split, %")
