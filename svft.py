@@ -797,7 +797,7 @@ def _has_ties(S: Tensor) -> bool:
 
 def _cached_svd(folder: Path, weight: Tensor, rank: int | None, full_matrices: bool) -> SVD:
     """The SVD from its file in folder, or computed and written there. A file that is not whole is written anew."""
-    key = hashlib.sha256(f"{FORMAT} {weight.dtype} {tuple(weight.shape)} {rank} {full_matrices}".encode())
+    key = hashlib.sha256(repr((FORMAT, weight.dtype, weight.shape, min(weight[:rank].shape), full_matrices)).encode())
     key.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     file = folder / f"{key.hexdigest()}.npz"
     with contextlib.suppress(Exception):  # a file that is missing, short, damaged or foreign

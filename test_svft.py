@@ -995,6 +995,8 @@ class TestSVDCache:
             assert all(map(torch.equal, first, second)), (weight.dtype, how)
             assert len(svd_calls) == len(list(folder.iterdir())) == count, (weight.dtype, how)  # no temporary file
         assert all({"U", "S", "Vh"} <= {*np.load(file, allow_pickle=False)} for file in folder.iterdir())
+        compute_svd(W, cache_dir=folder, rank=9)  # all of it again, as load_adapter asks for it
+        assert len(svd_calls) == len(list(folder.iterdir())) == count
 
     def test_a_file_of_other_factors_or_with_a_wrong_bit_is_computed_again(self, tmp_path, svd_calls):
         """U and V must be orthonormal, W V = U S, U^T W = S V^T, S sorted, sizes and dtype right: else it is replaced."""

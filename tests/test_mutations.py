@@ -81,7 +81,7 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
     # -- files
     ('_read(file, SVD._fields.__contains__)', 'np.load(file, mmap_mode="r", allow_pickle=True)', 'a_short_or_foreign_file'),
     ('        _check_svd(svd, weight)\n        return svd', '        return svd', 'file_of_other_factors'),
-    ('{tuple(weight.shape)} {rank} {full_matrices}', '{tuple(weight.shape)}', 'changes_the_file'),
+    ('min(weight[:rank].shape), full_matrices', '', 'changes_the_file'),
     ('cannot write in {str(folder)!r}; going', 'cannot write {file}; going', 'full_disk'),
     ('_require(error <= 1e-2 * size,', '_require(True,', 'flipped_signs_are_refused'),
     (' and np.isfinite(probes).all()', '', 'forged_or_foreign'),
