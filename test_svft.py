@@ -643,13 +643,16 @@ class TestInject:
             svft.inject(model, ["0", "2", "4"], pattern)
         assert_untouched(model, before)
 
-    def test_it_freezes_all_but_m_and_keeps_the_m_of_an_earlier_inject(self):
-        """What trains is decided by identity: a parameter that happens to be called m is frozen."""
+    def test_it_freezes_all_but_m_and_keeps_the_m_of_an_earlier_inject(self, tmp_path):
+        """What trains is decided by identity: a parameter called m is frozen. Loading into a live model freezes nothing."""
         model = mlp()
         model.register_parameter("m", nn.Parameter(torch.ones(1)))
         assert svft.inject(model, ["0"]) is model and "banded d=2" in str(model[0])  # the default
         svft.inject(model, ["4"], "random", 1)
         assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.m", "4.m"]
+        model[2].requires_grad_(True)
+        svft.save_adapter(randomize(model), tmp_path / "a.npz")
+        assert svft.load_adapter(model, tmp_path / "a.npz")[2].weight.requires_grad
 
     def test_random_draws_another_omega_for_each_layer_from_one_seed(self):
         """The seed of a layer is seed + CRC-32 of its name, so layers of equal shape do not share an Omega."""
@@ -1260,6 +1263,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),
     ("inject(m, ['2'], svd=SVD(*(-t for t in compute_svd(m[2].weight))))", ValueError, "in Sigma sorted, >= 0"),
     ("inject(m, [])", ValueError, "target_modules: got []"),
+    ("inject(m, ['all-linear'])", ValueError, "target_modules: got ['all-linear'], which matches no layer"),
     ("inject(m, ['7'])", ValueError, "target_modules: got ['7'], which matches no layer"),
     ("inject(m, ['1'])", TypeError, "layer '1': base: got <class 'torch.nn.modules.activation.Tanh'>"),
     ("SVFTLinear(3)", TypeError, "base: got <class 'int'>, want exactly nn.Linear or Conv1D"),
