@@ -295,7 +295,7 @@ class SVFTLinear(nn.Module):
         Computed in float64 and rounded once. Warns if that rounding loses more than 10% of the update. ValueError for
         NaN or inf in m or in the sum, for hooks, or if U, S and Vh no longer fit a kept W0; TypeError if sharded.
         """
-        return _merged(self, "")
+        return _merged(self, "the layer", 6)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.pattern}, k={len(self.m)}"
@@ -442,8 +442,8 @@ def _exact_W0(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _merged(layer: SVFTLinear, name: str) -> nn.Module:
-    """SVFTLinear.merge. name: the layer's, for the warning."""
+def _merged(layer: SVFTLinear, name: str, level: int) -> nn.Module:
+    """SVFTLinear.merge. name: of the layer, level: of the caller's line, both for the warning."""
     _check_alone(layer)
     _check_whole(layer)
     W0 = _exact_W0(layer)  # (d1, d2)
@@ -452,7 +452,7 @@ def _merged(layer: SVFTLinear, name: str) -> nn.Module:
     _check_finite(W, "merged weight")
     lost = float((W.double() - W0 - delta).norm() / delta.norm())
     if lost > 0.1:  # not for m = 0: lost is NaN
-        _warn([name], f"merged and rounded to {W.dtype}: that loses {lost:.0%} of the update", level=6)
+        _warn([name], f"merged and rounded to {W.dtype}: that loses {lost:.0%} of the update", level=level)
     weight = layer._layout(W)
     with torch.device("meta"):  # no random weight
         plain = layer._base_type(*reversed(weight.shape))  # Linear(d2, d1), Conv1D(d1, d2)
@@ -500,7 +500,7 @@ def merge(model: nn.Module) -> nn.Module:
     Linear(in_features=4, out_features=4, bias=True)
     """
     layers = _svft_layers(model)
-    new = _for_each(layers, lambda name, layer: _merged(layer, name))
+    new = _for_each(layers, lambda name, layer: _merged(layer, name, 8))
     return new[""] if isinstance(model, SVFTLinear) else _replace(model, layers, new, freeze=False)
 
 
