@@ -179,7 +179,7 @@ class TestMistakes:
 
     def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(self, tmp_path, monkeypatch, capsys):
         """The shell's own code for it, here in the pre-training."""
-        monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self: signal.default_int_handler(signal.SIGINT, None))
+        monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self: signal.default_int_handler(2, None))
         assert train_toy.main(["--cache", str(tmp_path / "cache")]) == 130
         assert capsys.readouterr().err.strip() == "interrupted; nothing is half-written"
         assert not list((tmp_path / "cache").iterdir())
