@@ -445,8 +445,8 @@ def _exact_W0(layer: SVFTLinear) -> Tensor:  # (d1, d2), float64
 def _merged(layer: SVFTLinear, name: str, level: int) -> nn.Module:
     """SVFTLinear.merge. name: of the layer, level: of the caller's line, both for the warning."""
     _check_alone(layer)
-    _check_whole(layer)
     W0 = _exact_W0(layer)  # (d1, d2)
+    _check_whole(layer, W0)
     delta = _exact_delta(layer)  # (d1, d2)
     W = (W0 + delta).to(layer.U.dtype)  # (d1, d2)
     _check_finite(W, "merged weight")
@@ -780,7 +780,7 @@ def _probes(omega: Tensor, m: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
 
 
 def _entry_of(layer: SVFTLinear) -> dict[str, Any]:
-    _check_whole(layer)
+    _check_whole(layer, _exact_W0(layer))
     # The full SVD of a rectangular weight has extra columns, which are arbitrary.
     _require(layer.U.shape[1] == len(layer.Vh), "full_matrices", "the full SVD", "the thin one, or save a state_dict")
     m = _exact(layer.m.detach()).to(_wide(layer.m.dtype)).cpu()
@@ -918,12 +918,12 @@ def _check_svd(svd: SVD, W0: Tensor) -> None:
         _require(error <= limit * right.norm(), "svd", got, f"at most {limit:.0g}; {why}")  # NaN fails it too
 
 
-def _check_whole(layer: SVFTLinear) -> None:
-    """Refuse a layer whose parts no longer belong together."""
+def _check_whole(layer: SVFTLinear, W0: Tensor) -> None:
+    """Refuse a layer whose parts no longer belong together. W0: (d1, d2), float64."""
     _check_finite(_exact(layer.m.detach()), "m")
     _check_omega(layer.omega, layer.U.shape[1], len(layer.Vh))
     _require(layer.m.shape == layer.omega[0].shape, "m", tuple(layer.m.shape), tuple(layer.omega[0].shape))
-    _check_svd(SVD(layer.U, layer.S, layer.Vh), _exact_W0(layer).to(layer.U.dtype))  # whose rounding is the limit
+    _check_svd(SVD(layer.U, layer.S, layer.Vh), W0.to(layer.U.dtype))  # whose rounding is the limit
 
 
 def _check_omega(omega: Tensor, r1: float = float("inf"), r2: float = float("inf")) -> Tensor:
