@@ -13,14 +13,15 @@ drawn case comes from the dtype's rounding and the size of what is summed (`roun
 A tag such as (D2) names a row of the deviations table in paper_notes.md. Attacks and integrations are in tests/.
 """
 
-import base64
 import contextlib
 import copy
 import csv
 import inspect
+import itertools
 import math
 import os
 import re
+import shutil
 import weakref
 import zlib
 from pathlib import Path
@@ -247,6 +248,7 @@ class TestSVD_Section_3_1:
         tolerance, values = rounding(torch.float64, W), np.linalg.svd(W, compute_uv=False)
         near(U.T @ U, np.eye(r1), tolerance)
         near(Vh @ Vh.T, np.eye(r2), tolerance)
+        assert (np.take_along_axis(U, np.abs(U).argmax(0)[None], 0) > 0).all()  # of extra columns too (D2)
         near(S, values[: len(S)], tolerance)
         near(np.linalg.norm(W - (U[:, : len(S)] * S) @ Vh[: len(S)]), np.linalg.norm(values[len(S) :]), tolerance)
 
@@ -257,7 +259,6 @@ class TestSVD_Section_3_1:
         U, V = (np.linalg.qr(rng.standard_normal((rows, n)))[0] for rows in (n + extra, n))
         weights = (U * s * S) @ (V * s).T, (U * S) @ V.T  # one weight, whatever s is
         got, want = (compute_svd(torch.from_numpy(W.T if wide else W)) for W in weights)
-        assert (got.U.gather(0, got.U.abs().argmax(0, keepdim=True)) > 0).all()
         near(got.U, want.U, 1e-10)
         near(got.Vh, want.Vh, 1e-10)
 
@@ -332,8 +333,8 @@ class TestOmega_Section_3_1:
 
     def test_random_is_the_same_on_every_machine_and_uniform(self):
         """Pinned: numpy promises never to change the stream of RandomState. Each position is drawn equally often."""
-        assert omega_random(4, 4, 5, seed=0).T.tolist() == [[0, 1], [1, 2], [2, 0], [2, 1], [3, 1]]
-        assert not torch.equal(omega_random(9, 9, 20, seed=0), omega_random(9, 9, 20, seed=1))
+        assert omega_random(4, 4, 5).T.tolist() == [[0, 1], [1, 2], [2, 0], [2, 1], [3, 1]]
+        assert not any(torch.equal(omega_random(9, 9, 20), omega_random(9, 9, 20, seed=seed)) for seed in (1, 2**31))
         assert torch.equal(omega_random(9, 9, 20, seed=-1), omega_random(9, 9, 20, seed=2**32 - 1))  # it wraps around
         hits = torch.zeros(3, 4)
         for seed in range(600):
@@ -343,19 +344,24 @@ class TestOmega_Section_3_1:
     @given(d=sizes, seed=seeds, data=st.data())
     def test_top_k_takes_the_largest_alignments_of_either_sign(self, d, seed, data):
         """The k largest |u_i . v_j| (D4), against a sorted list of all, after joint sign flips too; of equal ones the first."""
-        rng, k = np.random.RandomState(seed), data.draw(st.integers(1, d * d))
-        U, V = (np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in "UV")
-        largest = sorted(np.ndindex(d, d), key=lambda ij: -abs(U[:, ij[0]] @ V[:, ij[1]]))[:k]
-        for s in (np.ones(d), rng.choice([-1.0, 1.0], d)):
+        rng, r = np.random.RandomState(seed), data.draw(st.integers(1, d))
+        U, V = (np.linalg.qr(rng.standard_normal((d, r)))[0] for _ in "UV")  # as rank=r leaves them
+        k = data.draw(st.integers(1, r * r))
+        largest = sorted(np.ndindex(r, r), key=lambda ij: -abs(U[:, ij[0]] @ V[:, ij[1]]))[:k]
+        for s in (np.ones(r), rng.choice([-1.0, 1.0], r)):
             got = omega_top_k(torch.from_numpy(U * s), torch.from_numpy((V * s).T), k)
             assert got.T.tolist() == sorted(map(list, largest))
         assert omega_top_k(torch.eye(99), torch.eye(99), 101).T.tolist()[:3] == [[0, 0], [0, 1], [0, 2]]
 
-    def test_random_and_top_k_take_as_many_entries_as_the_band(self):
-        """R_d and T_d name a budget: k equals the banded count for that d, unless k is given."""
+    def test_random_and_top_k_take_as_many_entries_as_the_band_and_the_rest_ignore_d(self):
+        """R_d and T_d name a budget: k equals the banded count for that d, unless k is given. Plain and a given Omega
+        ignore even a d that no band could have."""
         for pattern in ("random", "top_k"):
             assert len(SVFTLinear(plain_layer(6, 6), pattern, 2).m) == 24, pattern  # 4 + 5 + 6 + 5 + 4
             assert len(SVFTLinear(plain_layer(6, 6), pattern, 2, k=7).m) == 7, pattern
+        assert torch.equal(SVFTLinear(plain_layer(6, 6), "random").omega, omega_random(6, 6, 24))
+        for pattern in ("plain", omega_plain(4, 4)):
+            assert len(SVFTLinear(plain_layer(6, 4), pattern, -1).m) == 4
 
     def test_omega_may_be_a_tensor_or_a_function_of_the_svd(self):
         """Any Omega fits Eq. (2): LoRA-XS is the top-left block, SVF the diagonal."""
@@ -368,11 +374,6 @@ class TestOmega_Section_3_1:
         scaled = SVFTLinear(plain_layer(5, 4), lambda svd: omega_plain(len(svd.S), len(svd.S)))
         scaled.m.data.copy_(svd.S * (R[0, 0] - 1))
         near(scaled.merged_weight(), (svd.U * svd.S * R[0, 0]) @ svd.Vh, 1e-12)  # SVF: U diag(sigma z) V^T
-
-    def test_patterns_without_a_band_ignore_d(self):
-        """As SVFTLinear's docstring says: a d that no band could have is no error."""
-        for pattern in ("plain", omega_plain(4, 4)):
-            assert len(SVFTLinear(plain_layer(6, 4), pattern, -1).m) == 4
 
 
 class TestTheLayer_Eq_1_and_2:
@@ -538,22 +539,15 @@ class TestLemma_c_rank:
         rank = np.linalg.matrix_rank(delta_by_double_loop(layer), tol=1e-9)
         assert layer.check_rank() == (rank, term, bound) and rank <= term
 
-    @given(r1=st.integers(1, 5), r2=st.integers(1, 5), seed=seeds, data=st.data())
-    def test_term_rank_is_the_largest_matching(self, r1, r2, seed, data):
-        """Against brute force over all ways to give each row a column or none; indices near 2**40 count the same."""
-        omega = omega_random(r1, r2, data.draw(st.integers(1, r1 * r2)), seed=seed)
-        allowed = set(map(tuple, omega.T.tolist()))
-
-        def best(row, used):
-            if row == r1:
-                return 0
-            free = [j for j in range(r2) if (row, j) in allowed and j not in used]
-            return max([best(row + 1, used), *(1 + best(row + 1, used | {j}) for j in free)])
-
-        assert svft.term_rank(omega) == svft.term_rank(2**40 * omega + 7) == best(0, frozenset())
-        moved_on_twice = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 0, 1]])  # row 0 gives way to row 1, then to row 2
-        found_before_the_end = torch.tensor([[0, 0, 1, 2, 2], [0, 2, 1, 0, 1]])  # row 2 takes row 0's column
-        assert svft.term_rank(moved_on_twice) == svft.term_rank(found_before_the_end) == 3
+    def test_term_rank_is_the_largest_matching(self):
+        """Against all ways to give each row a column of its own: every Omega of a 3 x 3 M, and some of a 5 x 4 one.
+        Indices near 2**40 count the same."""
+        every = [[ij for t, ij in enumerate(np.ndindex(3, 3)) if chosen >> t & 1] for chosen in range(1, 2**9)]
+        some = [omega_random(5, 4, k, seed=seed) for k in range(1, 21) for seed in range(5)]
+        for omega in [*(torch.tensor(pairs).T for pairs in every), *some]:
+            pairs = {*map(tuple, omega.T.tolist())}
+            best = max(sum(ij in pairs for ij in enumerate(columns)) for columns in itertools.permutations(range(5)))
+            assert svft.term_rank(omega) == svft.term_rank(2**40 * omega + 7) == best, pairs
 
     def test_entries_piled_up_in_one_row_have_rank_one(self):
         """Four entries share a row: lemma (c) allows rank 4, the term rank says 1, and so it is."""
@@ -563,9 +557,10 @@ class TestLemma_c_rank:
     def test_a_rank_above_its_bound_raises(self, monkeypatch):
         """check_rank compares what it found; it does not assume the lemma. Of NaN or inf it finds nothing."""
         layer = randomize(SVFTLinear(plain_layer(4, 4)))
-        monkeypatch.setattr(svft, "term_rank", lambda omega: 1)
-        with pytest.raises(RuntimeError, match="rank"):
-            layer.check_rank()
+        for name in ("term_rank", "rank_bound"):
+            with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="rank"):
+                patch.setattr(svft, name, lambda *_: 1)
+                layer.check_rank()
         layer.m.data[0] = math.inf
         with pytest.raises(ValueError, match="m: got NaN or inf"):
             layer.check_rank()
@@ -609,15 +604,17 @@ class TestInject:
         model["classifier"] = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
         model.get_output_embeddings = lambda: model["lm_head"]  # as a model of transformers has it
         with pytest.warns(UserWarning) as caught:
-            assert adapted(svft.inject(model, "all-linear")) == ["fc", "deep.0"]
+            assert adapted(svft.inject(nn.Sequential(model), "all-linear")) == ["0.fc", "0.deep.0"]
         (text,) = (str(warning.message) for warning in caught)
-        assert all(f"'{name}'" in text for name in ("score", "qa_outputs", "classifier.0", "classifier.2"))
-        assert "lm_head" not in text and "score" in adapted(svft.inject(model, ["score"]))
+        assert all(f"'0.{name}'" in text for name in ("score", "qa_outputs", "classifier.0", "classifier.2"))
+        assert caught[0].filename == __file__ and "lm_head" not in text
+        assert "score" in adapted(svft.inject(model, ["score"]))
 
     def test_a_stack_of_weights_is_warned_of_and_stays_as_it_is(self):
         """The experts of a mixture are 3-d Parameters: an entry that names them takes half of what it seems to take."""
         model = nn.ModuleDict({"shared": nn.ModuleDict({"down_proj": nn.Linear(4, 3)}), "experts": nn.Module()})
         model["experts"].down_proj = nn.Parameter(torch.randn(8, 3, 4))
+        model["experts"] = torch.compile(model["experts"])  # whose own name is left out
         model["conv"] = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 3))  # no stack, nor is what follows
         model.cls_token = nn.Parameter(torch.randn(1, 1, 4))
         for targets in (["down_proj"], r".*down_proj", "all-linear"):
@@ -645,10 +642,11 @@ class TestInject:
     def test_it_freezes_all_but_m_and_keeps_the_m_of_an_earlier_inject(self, tmp_path):
         """What trains is decided by identity: a parameter called m is frozen. Loading into a live model freezes nothing."""
         model = mlp()
-        model.register_parameter("m", nn.Parameter(torch.ones(1)))
-        assert svft.inject(model, ["0"]) is model and "banded d=2" in str(model[0])  # the default
+        wrapper = nn.ModuleDict({"module": model})  # as DDP is one
+        wrapper.register_parameter("m", nn.Parameter(torch.ones(1)))
+        assert svft.inject(wrapper, ["0"]) is wrapper and "banded d=2" in str(model[0])  # the default
         svft.inject(model, ["4"], "random", 1)
-        assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.m", "4.m"]
+        assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == ["module.0.m", "module.4.m"]
         model[2].requires_grad_(True)
         svft.save_adapter(randomize(model), tmp_path / "a.npz")
         assert svft.load_adapter(model, tmp_path / "a.npz")[2].weight.requires_grad
@@ -663,7 +661,7 @@ class TestInject:
     def test_W0_and_bias_are_shared_with_the_base_and_every_tensor_is_contiguous(self):
         """The base does not change. safetensors and FSDP2 want contiguous tensors, whatever was given."""
         base = plain_layer(6, 6).eval()
-        svd = SVD(*(t.T.contiguous().T if t.ndim == 2 else t for t in compute_svd(base.weight)))
+        svd = SVD(*(torch.stack([t, t], -1)[..., 0] for t in compute_svd(base.weight)))  # with gaps
         before, layer = snapshot(base), SVFTLinear(base, omega_plain(6, 6).T.contiguous().T, svd=svd)
         assert layer.weight.data_ptr() == base.weight.data_ptr() and layer.bias.data_ptr() == base.bias.data_ptr()
         assert not layer.training and SVFTLinear(base, keep_weight=False).weight is None
@@ -699,7 +697,8 @@ class TestMerge:
         """A plain layer of the type of the base, frozen, with memory of its own."""
         base = plain_layer(6, 6, kind, dtype).to(device).eval()
         layer = randomize(SVFTLinear(base))
-        merged = layer.merge()
+        state, merged = torch.get_rng_state(), layer.merge()
+        assert torch.equal(torch.get_rng_state(), state)  # the new layer draws no weight
         assert type(merged) is type(base) and merged.extra_repr() == base.extra_repr()
         assert merged.weight.shape == base.weight.shape and merged.weight.is_contiguous()
         assert (merged.weight.dtype, merged.weight.device) == (dtype, base.weight.device)
@@ -707,10 +706,13 @@ class TestMerge:
         assert not (merged.training or merged.weight.requires_grad or merged.bias.requires_grad)
         assert layer.train().merge().training and SVFTLinear(plain_layer(3, 2, bias=False)).merge().bias is None
 
-    def test_a_half_precision_merge_rounds_once(self):
-        """W0 + Delta W is summed in float64 and then rounded: the nearest bfloat16, entry by entry."""
-        layer = randomize(SVFTLinear(plain_layer(8, 8, dtype=torch.bfloat16)))
-        exact = torch.from_numpy(weight_of(layer) + delta_by_double_loop(layer))
+    @W0_kept_or_freed
+    def test_a_half_precision_merge_rounds_once(self, keep):
+        """W0 + Delta W is summed in float64 and then rounded: the nearest bfloat16, entry by entry. Where W0 is kept it
+        is that which is summed, on the fused path too; where it is freed U Sigma V^T is."""
+        layer = randomize(SVFTLinear(plain_layer(8, 8, dtype=torch.bfloat16), path="fused", keep_weight=keep))
+        U, S, Vh = (t.detach().double() for t in (layer.U, layer.S, layer.Vh))
+        exact = torch.from_numpy(delta_by_double_loop(layer)) + (layer.weight.double() if keep else (U * S) @ Vh)
         got = layer.merge().weight
         other = torch.nextafter(got, torch.where(exact > got.double(), math.inf, -math.inf).to(got))
         assert ((got.double() - exact).abs() <= (other.double() - exact).abs() * (1 + 1e-4)).all()
@@ -719,8 +721,9 @@ class TestMerge:
     def test_it_warns_with_the_figure_where_rounding_swallows_the_update(self):
         """bfloat16 has 8 bits: an update far below the last bit of W0 is mostly lost, and merge says how much."""
         layer = randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)), 1e-4)
-        with pytest.warns(UserWarning, match=r"loses \d\d+% of the update"):
-            layer.merge()
+        with pytest.warns(UserWarning, match=r"loses \d\d+% of the update") as caught:
+            layer.merge(), svft.merge(copy.deepcopy(nn.Sequential(layer)))
+        assert [warning.filename for warning in caught] == 2 * [__file__]  # at the caller's line
         randomize(layer, 1.0).merge()
         randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.float32)), 1e-4).merge()
         SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)).merge()  # m = 0: nothing to lose
@@ -837,9 +840,10 @@ class TestDtypesAndAutocast:
             assert all(map(torch.equal, [*compute_svd(base.weight), *merged()], want))
         assert len(seen) > 8 and set(seen) == {torch.float64}
 
-    def test_M_is_float32_at_least(self):
-        """Also where a later .to(dtype) has made m half."""
-        assert SVFTLinear(plain_layer(6, 4)).bfloat16().M().dtype == torch.float32
+    def test_M_Delta_W_and_the_merged_weight_are_float32_at_least(self):
+        """Also where a later .to(dtype) has made m half; never float64, in which they are computed."""
+        layer = SVFTLinear(plain_layer(6, 4)).bfloat16()
+        assert {W.dtype for W in (layer.M(), layer.delta_weight(), layer.merged_weight())} == {torch.float32}
 
 
 def multiply_adds(layer, x):
@@ -903,11 +907,11 @@ class TestCost:
         square = plain_layer(64, 64, dtype=torch.float32)
         assert path_taken(SVFTLinear(square, "banded", 0, keep_weight=keep), 80) == "fused"
         assert path_taken(SVFTLinear(square, "banded", 8, keep_weight=keep), 80) == "dense"
-        few, even = ("gather", 43) if keep else ("fused", 65)  # at so many tokens it and dense count alike
+        few, last = ("gather", 42) if keep else ("fused", 65)  # it and dense count alike at 42.7, at 65.4 tokens
         for base, amp in ((square, True), (plain_layer(64, 64, dtype=torch.bfloat16), False)):
             layer = SVFTLinear(base, keep_weight=keep)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-                assert (path_taken(layer, even - 3), path_taken(layer, even + 3)) == (few, "dense")
+                assert (path_taken(layer, last), path_taken(layer, last + 1)) == (few, "dense")
         assert {path_taken(SVFTLinear(square, rank=9), tokens) for tokens in (2, 9999)} == {"gather"}
 
     def test_auto_is_within_a_quarter_of_the_fastest_path_that_an_H200_recorded(self):
@@ -994,10 +998,12 @@ class TestSVDCache:
         weights = (W, nudged, W.T, W.reshape(3, 8), W.half(), W.half().view(torch.bfloat16), W.double())
         options = ({}, {"rank": 1}, {"rank": 2}, {"full_matrices": True})
         for count, (weight, how) in enumerate(((weight, how) for weight in weights for how in options), 1):
-            first, second = (compute_svd(weight, cache_dir=folder, **how) for _ in "ab")
+            first, second = (compute_svd(weight, cache_dir=name, **how) for name in (folder, str(folder)))
             assert all(map(torch.equal, first, second)), (weight.dtype, how)
+            assert (first.U.shape[1], len(first.Vh)) == size_of_M(*weight.shape, **how)
             assert len(svd_calls) == len(list(folder.iterdir())) == count, (weight.dtype, how)  # no temporary file
         assert all({"U", "S", "Vh"} <= {*np.load(file, allow_pickle=False)} for file in folder.iterdir())
+        assert all(rows >= columns for rows, columns in svd_calls)  # LAPACK is slower on a wide matrix
         compute_svd(W, cache_dir=folder, rank=9)  # all of it again, as load_adapter asks for it
         assert len(svd_calls) == len(list(folder.iterdir())) == count
 
@@ -1037,30 +1043,20 @@ class TestSVDCache:
 def saved(tmp_path):
     """A base model, the same model adapted, and its adapter file."""
     base = mlp()
-    model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], "random", 1, seed=7))
+    model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], "random", 1, seed=7), 0.01)
     svft.save_adapter(model, tmp_path / "adapter.npz")
     return base, model, tmp_path / "adapter.npz"
 
 
+# tests/earlier.npz has format "svft 3", and every later version must read it. It was made, once for the format, by
+#   model = svft.inject(earlier_base(), ["0"], "banded", 1); model[0].m.data = torch.arange(1.0, 8)
+#   svft.save_adapter(model, "tests/earlier.npz")
 def earlier_base():
     base = nn.Sequential(nn.Linear(3, 4))
     base[0].weight.data = torch.sin(torch.arange(12.0) ** 2).view(4, 3)
     return base
 
 
-# An adapter file of format "svft 3", zlib and base85: every later version must read it. Made, once for a format, by
-#   model = svft.inject(earlier_base(), ["0"], "banded", 1); model[0].m.data = torch.arange(1.0, 8)
-#   svft.save_adapter(model, "a.npz"); print(base64.b85encode(zlib.compress(Path("a.npz").read_bytes(), 9)))
-EARLIER_FILE = (
-    b"c-jl_W@gc4U|`??Vnv1)xt0H6fQvzdAuYcsH?c%7ub`5VL4aWf0|W#^>Dh0@Ur7s`JP~j#VC}p~QFCIJ<Skv0C!Dox-QorFrp1Q@O_?D+KYq$2E}?So"
-    b"Gn#&^UE=8~VoR8QO3kw3+R7!uxGsr}ZNXh0o=k@rrXySqIXp)g0#KZ@$F%Q0%sJdZ=NRbc=ccA7!rb!#>W)yn?wOpqkdS-athk<m-IT(t$7XV%qdCoK"
-    b"@x`l)KhG@qz=-N1;ic-OFc-0dU6c!R%^avJBJsN>Z4n{YJhOs?4}%_C8(TFS8ymX<(<3&8IEEwa4L=&0(ZWd1Zsr4+i+I2;Dk#cNN-c&ti-8g1oHGQR"
-    b"MKF-s(je}7!n{s0ald$V%#RHHWtU|V41AwB_&Lw2y;xJ(E^D4W&2LIr*@fVnM@>o__c@=r$f{j>j#Dn->FOWH4lOEJ@Jn6&v3cEB=1)f(i_Cwd@|)bf"
-    b"n`4)`>Ivhy&qks3W*QcM(*9me`g;17qGihGJ%1Ep+4uguEEXTX<cY$=MKgb8{NDUGJ#N-^9gWZu2DFd}{VjI_HMJCHBo?Hir(Q2gQ_C@U{D`q}B)Ba`"
-    b"OCpUSzbj$R;Dtm;Vo6DAQ69`8D~L)c!dV#$&|NaA082ia!mv(-jjhc^;T-cL5e2{2OI!iB#5#BzC4j-h$fV1Rn!7=H7Zeg)3<%HwP9liBj;;@s4MBMf"
-    b"l;5~f^z{Qtq)dsf5tLg%z650rb`*_@j0~{6gRTjbpuve1sDuYa(`K+HMDj-02}%H7Q2(L2b1xGEa&kb|2#PY0J3%qSi=xqmnE^Ed1H4(;KvHZ#7y@+9"
-    b"9cB;@058m_CI"
-)
 UNFIT = [  # a change of the base model m that the adapter was trained on; what the error says
     ("m[2].weight.copy_(mlp(seed=1)[2].weight)", "layer '2': m: got"),
     ("m[2].weight.add_(torch.eye(6), alpha=0.01)", "layer '2': m: got"),
@@ -1082,7 +1078,7 @@ UNTRUE = [  # what was done to the adapted model m before it is saved; what the 
 class TestAdapterFile:
     """A file holds Omega and m. load_adapter brings the same update back, or refuses and changes nothing."""
 
-    @given(layer=layers(dtype=torch.float32), injected=st.booleans(), seed=seeds)
+    @given(layer=layers() | layers(dtype=torch.float32), injected=st.booleans(), seed=seeds)
     def test_what_is_saved_is_what_is_loaded(self, tmp_path, layer, injected, seed):
         """Round trip into a plain model, which is injected, and into one with another Omega that has run: there m stays
         the same Parameter, which an optimizer may hold. The pattern keeps its name. m trains, and nothing else."""
@@ -1090,7 +1086,7 @@ class TestAdapterFile:
         layer.base = None
         assume(layer.U.shape[1] == layer.Vh.shape[0])  # the full SVD of a rectangular weight is refused
         svft.save_adapter(nn.ModuleDict({"x": layer}), tmp_path / "a.npz")
-        r, x = len(layer.S), torch.ones(2, layer.in_features)
+        r, x = len(layer.S), torch.ones(2, layer.in_features, dtype=layer.U.dtype)
         fresh = randomize(SVFTLinear(base, omega_random(r, r, len(layer.m), seed=seed), rank=r)) if injected else base
         fresh(x).sum().backward()
         loaded = svft.load_adapter(nn.ModuleDict({"x": fresh}), tmp_path / "a.npz", cache_dir=tmp_path)["x"]
@@ -1111,12 +1107,12 @@ class TestAdapterFile:
             assert np.array_equal(file["2/m"], model[2].m.detach()) and np.array_equal(file["2/omega"], model[2].omega)
             rng = np.random.RandomState(0)
             a, b = rng.standard_normal((16, 4)), rng.standard_normal((16, 6))
-            near(file["4/probes"], [a[p] @ delta_by_double_loop(model[4]) @ b[p] for p in range(16)], 1e-5)
+            near(file["4/probes"], [a[p] @ delta_by_double_loop(model[4]) @ b[p] for p in range(16)], 1e-7)
 
     def test_a_file_of_an_earlier_commit_loads_with_any_seed_and_number_of_threads(self, tmp_path):
         """The basis is computed from W0, and the seed of the probes is part of the format. Another format is refused."""
         path = tmp_path / "earlier.npz"
-        path.write_bytes(zlib.decompress(base64.b85decode(EARLIER_FILE)))
+        shutil.copy(HERE / "tests" / "earlier.npz", path)
         before = torch.get_num_threads()
         for threads in (3, 1):
             torch.manual_seed(threads)
@@ -1212,8 +1208,9 @@ class TestAdapterFile:
         """A head that trains too is not in the file. An m that is still zero was perhaps not in the optimizer."""
         m = randomize(svft.inject(mlp(), ["0", "2"]))
         exec(change, dict(globals(), m=m))
-        with pytest.warns(UserWarning, match=text):
+        with pytest.warns(UserWarning, match=text) as caught:
             svft.save_adapter(m, tmp_path / "a.npz")
+        assert [warning.filename for warning in caught] == [__file__]
 
     def test_the_name_of_a_layer_may_hold_a_slash(self, tmp_path):
         """NAME/m splits at the last slash: ModuleDict allows any name without a dot."""
@@ -1243,6 +1240,8 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("omega_banded(3, 3, -1)", ValueError, "d, above: got (-1, -1), want at least 0"),
     ("omega_random(3, 3, 0)", ValueError, "omega: got Tensor (2, 0) of"),
     ("omega_top_k(torch.eye(2), torch.eye(2), 5)", ValueError, "k: got 5, want 1 to 4"),
+    ("omega_top_k(torch.eye(2), torch.eye(2), 0)", ValueError, "k: got 0, want 1 to 4"),
+    ("rank_bound(torch.tensor([[0], [5]]), (9, 5))", ValueError, "omega: got [0, 5] to [0, 5], want 0 <= i < 9, 0 <="),
     ("term_rank([[0], [0]])", TypeError, "omega: got [[0], [0]], want an int64 tensor"),
     ("term_rank(omega_plain(3, 3).T)", ValueError, "omega: got Tensor (3, 2) of"),
     ("term_rank(omega_plain(3, 3).flip(1))", ValueError, "omega: got unsorted or repeated positions"),
@@ -1259,6 +1258,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got it with rank="),
     ("inject(m, ['2'], svd=[*compute_svd(m[2].weight)])", TypeError, "layer '2': svd: got list, want an SVD(U, S, Vh)"),
     ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)))", ValueError, "in W0 V = U Sigma"),
+    ("SVFTLinear(mlp().half()[2], svd=SVD(*(1.0005 * t for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
     ("inject(m, ['4'], svd=compute_svd(m[4].weight * (torch.arange(6) < 5)))", ValueError, "in W0^T U = V Sigma"),
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),
     ("inject(m, ['2'], svd=last_negative(compute_svd(m[2].weight)))", ValueError, "in Sigma sorted, >= 0"),

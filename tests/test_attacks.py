@@ -70,16 +70,20 @@ class TestCacheFiles:
         in_processes(race, nprocs=2, start_method="fork")
         assert len(list(tmp_path.iterdir())) == 8
 
-    def test_long_work_says_about_every_ten_seconds_how_long_the_rest_takes(self, caplog, monkeypatch):
-        """At WARNING, so that it is seen. 23 layers of 6 s are a line for every two; less than ten seconds say nothing."""
+    @pytest.mark.filterwarnings("ignore:.*still zero")
+    def test_long_work_says_about_every_ten_seconds_how_long_the_rest_takes(self, tmp_path, caplog, monkeypatch):
+        """At WARNING, so that it is seen. 23 layers of 6 s are a line for every two; less than ten seconds say nothing.
+        Both where layers are injected and where they are loaded."""
         now, real = [0.0], torch.linalg.svd
         monkeypatch.setattr(svft.time, "monotonic", lambda: now[0])
         monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: now.append(now.pop() + 6) or real(*a, **k))
         svft.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
         assert not caplog.records
-        svft.inject(nn.Sequential(*(nn.Linear(2, 2) for _ in range(23))), "all-linear")
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(23)))
+        svft.save_adapter(svft.inject(copy.deepcopy(model), "all-linear"), tmp_path / "a.npz")
+        svft.load_adapter(model, tmp_path / "a.npz")
         said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-        assert len(said) == 11 and "2 of 23" in said[0] and "126 s" in said[0] and "22 of 23" in said[-1]
+        assert said[:11] == said[11:] and "2 of 23" in said[0] and "126 s" in said[0] and "22 of 23" in said[-1]
 
 
 # ---------------------------------------------------------------- forged and damaged adapter files
@@ -92,7 +96,7 @@ FORGERIES = [  # what is done to an array a of a good file; what this array does
     "a - [0, 0, 1]", "a + [0, 0, 1]", "a * [1, 1, 0]", "a - [0, 1, 1]",  # ranks and widths that are none, or another's
 ]
 OTHER_UPDATES = [  # of m and the probes: only the basis can tell that the file is wrong
-    "a[..., ::-1].copy()", "a * 0 + a.flat[0]", "a * 0", "-a", "(a * 1.1).astype(a.dtype)", "a * 1e200", "a + 6", "a + 2**62",
+    "a[..., ::-1].copy()", "a * 0 + a.flat[0]", "a * 0", "-a", "(a * 1.02).astype(a.dtype)", "a * 1e200", "a + 6", "a + 2**62",
 ]
 FOREIGN = [  # what is done to all the arrays f of a good file
     "del f['format']",
@@ -103,7 +107,7 @@ FOREIGN = [  # what is done to all the arrays f of a good file
     "f['more'] = f['2/m']",  # of no layer
     "f['2/more'] = f['2/m']",
     "f['2/m'], f['2/omega'] = f['2/m'][:0], f['2/omega'][:, :0]",
-    "f['2/m'], f['2/probes'] = f['2/m'] * np.float64(1e39), f['2/probes'] * 1e39",  # too large for the layer
+    "f['2/m'], f['2/probes'] = f['2/m'] * np.float64(1e42), f['2/probes'] * 1e42",  # too large for the layer
     "f.update({'5' + name[1:]: f[name] for name in [*f] if name[0] == '2'})",  # of a layer that is not there
     "f.update({'1' + name[1:]: f[name] for name in [*f] if name[0] == '2'})",  # of one that cannot be adapted
 ]
@@ -148,7 +152,7 @@ class TestAdapterFiles:
                 loaded = svft.load_adapter(copy.deepcopy(model), path)
             except (ValueError, TypeError) as error:
                 assert re.search("(adapter.npz: got|layer '[1245]': ).*want", str(error)), (name, error)
-                assert not svd_calls or name.partition(": ")[2] in OTHER_UPDATES or "1e39" in name, (name, error)
+                assert not svd_calls or name.partition(": ")[2] in OTHER_UPDATES or "1e42" in name, (name, error)
                 said.append(name)
             else:
                 assert not changed, name
@@ -314,16 +318,12 @@ def after(change, m):
 
 class TestOddLayers:
     @pytest.mark.parametrize("change, target, error, text", rows(ODD_LAYERS))
-    def test_a_layer_that_cannot_be_adapted_is_refused_and_named(self, change, target, error, text):
-        """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do."""
+    def test_what_is_refused_and_named_is_what_all_linear_leaves_out(self, change, target, error, text):
+        """Anything but exactly nn.Linear or Conv1D with a plain weight of its own; with the advice what to do. One such
+        layer does not stop "all-linear" on a whole model: the one warning names it."""
         model = after(change, mlp())
         with refused(model, error, f"layer '{target}': .*({text}).*want"):
             svft.inject(model, [target])
-
-    @pytest.mark.parametrize("change, target", rows(row[:2] for row in ODD_LAYERS))
-    def test_all_linear_leaves_it_out_and_says_so(self, change, target):
-        """One such layer does not stop the work on a whole model, and the one warning names it."""
-        model = after(change, mlp())
         with pytest.warns(UserWarning, match=re.escape(target)) as caught:
             svft.inject(model, "all-linear")
         assert set(adapted(model)) == {"0", "2", "4"} - {target.split(".")[0]} and len(caught) == 1
@@ -364,6 +364,7 @@ class TestOddLayers:
         for keep, late in [(keep, late) for keep in (True, False) for late in (True, False)]:
             made = svft.inject(mlp(width=200).to(torch.float32 if late else dtype), ["0", "2", "4"], keep_weight=keep)
             model = randomize(made.to(dtype))
+            model[2].U.requires_grad_(True)  # as if a whole block had been unfrozen
             svft.save_adapter(model, tmp_path / "a.npz")
             assert adapted(svft.merge(model)) == []
 

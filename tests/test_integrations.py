@@ -262,8 +262,10 @@ class TestTransformations:
 
         plain, inside, path, x = model(), model(), tmp_path / "a.npz", torch.randn(3, 6)
         inside[0], inside[1] = torch.compile(inside[0]), checkpoint_wrapper(inside[1])
-        for wrapped in (plain, inside, nn.DataParallel(torch.compile(model()))):
-            svft.save_adapter(randomize(svft.inject(wrapped, ["0.1", "1.0"], "random", 1)), path)
+        names = [["0.1", "1.0"], ["0._orig_mod.1", "1._checkpoint_wrapped_module.0"], ["_orig_mod.0.1", "1.0"]]
+        for wrapped, targets in zip((plain, inside, nn.DataParallel(torch.compile(model()))), names, strict=True):
+            svft.save_adapter(randomize(svft.inject(wrapped, targets, "random", 1)), path)
+            assert [row.split()[0] for row in svft.summary(wrapped).splitlines()[1:3]] == names[0]
             near(svft.load_adapter(model(), path)(x), plain(x), 1e-5)
             near(svft.load_adapter(nn.DataParallel(model()), path).module(x), plain(x), 1e-5)
 
