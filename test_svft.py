@@ -397,15 +397,18 @@ class TestTheLayer_Eq_1_and_2:
 
     @given(layer=layers())
     def test_delta_weight_is_the_sum_of_rank_one_terms(self, layer):
-        """Eq. (2): Delta W = sum of m_ij u_i v_j^T; M() holds m on Omega and zero elsewhere. All carry gradients."""
+        """Eq. (2): Delta W = sum of m_ij u_i v_j^T; M() holds m on Omega and zero elsewhere. All carry
+        gradients to m, and to nothing else, whatever requires_grad says: a penalty on Delta W trains m alone."""
         delta, tolerance = delta_by_double_loop(layer), rounding(torch.float64, layer.S, layer.m.detach())
         near(layer.delta_weight(), delta, tolerance)
         near(layer.merged_weight(), weight_of(layer.base[0]) + delta, tolerance)
         assert torch.equal(layer.M()[tuple(layer.omega)], layer.m) and int((layer.M() != 0).sum()) == len(layer.m)
         G = torch.randn(delta.shape, dtype=torch.float64)
-        for W in (layer.delta_weight(), layer.merged_weight(), layer.U @ layer.M() @ layer.Vh):
-            (gradient,) = torch.autograd.grad((W * G).sum(), layer.m)
-            near(gradient, gradient_by_double_loop(layer, G), rounding(torch.float64, G))
+        names, parameters = zip(*layer.requires_grad_(True).named_parameters(), strict=True)
+        for W in (layer.delta_weight(), layer.merged_weight(), layer.U.detach() @ layer.M() @ layer.Vh.detach()):
+            gradients = torch.autograd.grad((W * G).sum(), parameters, allow_unused=True)
+            near(gradients[names.index("m")], gradient_by_double_loop(layer, G), rounding(torch.float64, G))
+            assert [name for name, g in zip(names, gradients, strict=True) if g is not None] == ["m"]
 
     @devices
     @dtypes
@@ -461,13 +464,6 @@ class TestTheLayer_Eq_1_and_2:
             assert SVFTLinear(plain_layer(9, 7, dtype=torch.float32), path="gather")(torch.ones(0, 7)).shape == (0, 9)
         finally:
             torch.set_num_threads(threads)
-
-    def test_no_gradient_reaches_U_or_Vh_through_delta_weight_or_merged_weight(self):
-        """A penalty on Delta W trains m alone, whatever requires_grad says."""
-        layer = SVFTLinear(plain_layer(6, 4)).requires_grad_(True)
-        layer.m.data += 1
-        (layer.delta_weight() + layer.merged_weight()).square().sum().backward()
-        assert [name for name, p in layer.named_parameters() if p.grad is not None] == ["m"]
 
 
 class TestLemma_a_structure:
@@ -610,13 +606,15 @@ class TestInject:
         assert caught[0].filename == __file__ and "lm_head" not in text
         assert "score" in adapted(svft.inject(model, ["score"]))
 
+    @pytest.mark.filterwarnings("error::UserWarning")
     def test_a_stack_of_weights_is_warned_of_and_stays_as_it_is(self):
         """The experts of a mixture are 3-d Parameters: an entry that names them takes half of what it seems to take."""
         model = nn.ModuleDict({"shared": nn.ModuleDict({"down_proj": nn.Linear(4, 3)}), "experts": nn.Module()})
-        model["experts"].down_proj = nn.Parameter(torch.randn(8, 3, 4))
+        model["experts"].down_proj = nn.Parameter(torch.randn(2, 3, 4))
         model["experts"] = torch.compile(model["experts"])  # whose own name is left out
         model["conv"] = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 2, 3))  # no stack, nor is what follows
         model.cls_token = nn.Parameter(torch.randn(1, 1, 4))
+        svft.inject(copy.deepcopy(model), ["shared.down_proj"])  # no warning here
         for targets in (["down_proj"], r".*down_proj", "all-linear"):
             with pytest.warns(UserWarning, match=r"\['experts.down_proj'\]"):
                 assert adapted(svft.inject(copy.deepcopy(model), targets)) == ["shared.down_proj"]
@@ -644,7 +642,8 @@ class TestInject:
         model = mlp()
         wrapper = nn.ModuleDict({"module": model})  # as DDP is one
         wrapper.register_parameter("m", nn.Parameter(torch.ones(1)))
-        assert svft.inject(wrapper, ["0"]) is wrapper and "banded d=2" in str(model[0])  # the default
+        assert svft.inject(wrapper, ["0", "2"]) is wrapper and "banded d=2" in str(model[0])  # the default
+        model[2].m.requires_grad_(False)  # who freezes an m himself finds it so
         svft.inject(model, ["4"], "random", 1)
         assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == ["module.0.m", "module.4.m"]
         model[2].requires_grad_(True)
@@ -653,10 +652,12 @@ class TestInject:
 
     def test_random_draws_another_omega_for_each_layer_from_one_seed(self):
         """The seed of a layer is seed + CRC-32 of its name, so layers of equal shape do not share an Omega."""
-        model = svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "ab")), ["0", "1"], "random", seed=3)
-        assert not torch.equal(model[0].omega, model[1].omega)
-        for name, layer in model.named_children():
-            assert torch.equal(layer.omega, omega_random(8, 8, 34, seed=(3 + zlib.crc32(name.encode())) % 2**32))
+        for how in ({}, {"seed": 3}):
+            model = svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "ab")), ["0", "1"], "random", **how)
+            assert not torch.equal(model[0].omega, model[1].omega)
+            for name, layer in model.named_children():
+                seed = (how.get("seed", 0) + zlib.crc32(name.encode())) % 2**32
+                assert torch.equal(layer.omega, omega_random(8, 8, 34, seed=seed))
 
     def test_W0_and_bias_are_shared_with_the_base_and_every_tensor_is_contiguous(self):
         """The base does not change. safetensors and FSDP2 want contiguous tensors, whatever was given."""
@@ -708,8 +709,7 @@ class TestMerge:
 
     @W0_kept_or_freed
     def test_a_half_precision_merge_rounds_once(self, keep):
-        """W0 + Delta W is summed in float64 and then rounded: the nearest bfloat16, entry by entry. Where W0 is kept it
-        is that which is summed, on the fused path too; where it is freed U Sigma V^T is."""
+        """The nearest bfloat16 to W0 + Delta W, on the fused path too; to U Sigma V^T + Delta W where W0 is freed."""
         layer = randomize(SVFTLinear(plain_layer(8, 8, dtype=torch.bfloat16), path="fused", keep_weight=keep))
         U, S, Vh = (t.detach().double() for t in (layer.U, layer.S, layer.Vh))
         exact = torch.from_numpy(delta_by_double_loop(layer)) + (layer.weight.double() if keep else (U * S) @ Vh)
@@ -1083,15 +1083,14 @@ class TestAdapterFile:
         """Round trip into a plain model, which is injected, and into one with another Omega that has run: there m stays
         the same Parameter, which an optimizer may hold. The pattern keeps its name. m trains, and nothing else."""
         base = layer.base.pop()
-        layer.base = None
         assume(layer.U.shape[1] == layer.Vh.shape[0])  # the full SVD of a rectangular weight is refused
         svft.save_adapter(nn.ModuleDict({"x": layer}), tmp_path / "a.npz")
         r, x = len(layer.S), torch.ones(2, layer.in_features, dtype=layer.U.dtype)
         fresh = randomize(SVFTLinear(base, omega_random(r, r, len(layer.m), seed=seed), rank=r)) if injected else base
         fresh(x).sum().backward()
         loaded = svft.load_adapter(nn.ModuleDict({"x": fresh}), tmp_path / "a.npz", cache_dir=tmp_path)["x"]
-        assert torch.equal(loaded.m, layer.m) and torch.equal(loaded.omega, layer.omega)
-        assert loaded.m is fresh.m if injected else loaded is not fresh
+        assert all(map(torch.equal, (loaded.m, loaded.omega, loaded.S), (layer.m, layer.omega, layer.S)))
+        assert loaded.m is fresh.m if injected else len(list(tmp_path.iterdir())) > 1  # the SVD is in the cache
         near(loaded.merged_weight(), layer.merged_weight(), rounding(torch.float32, layer.S, layer.m.detach()))
         loaded(x).sum().backward()
         assert [name for name, p in loaded.named_parameters() if p.grad is not None] == ["m"]
@@ -1201,7 +1200,8 @@ class TestAdapterFile:
         for dtype in (torch.float32, torch.float64):
             with pytest.warns(UserWarning, match="singular values"):
                 svft.save_adapter(randomize(svft.inject(copy.deepcopy(base).to(dtype), ["0"])), path)
-        svft.save_adapter(randomize(svft.inject(nn.Sequential(nn.Linear(99, 99)), ["0"])), path)  # no warning here
+        small = nn.Linear(99, 99).requires_grad_(False).apply(lambda layer: layer.weight.mul_(1e-7))
+        svft.save_adapter(randomize(svft.inject(nn.Sequential(small), ["0"])), path)  # no warning here
 
     @pytest.mark.parametrize("change, text", UNTRUE, ids=[row[0] for row in UNTRUE])
     def test_saving_warns_where_the_file_will_not_bring_back_what_was_trained(self, tmp_path, change, text):
@@ -1213,12 +1213,14 @@ class TestAdapterFile:
         assert [warning.filename for warning in caught] == [__file__]
 
     def test_the_name_of_a_layer_may_hold_a_slash(self, tmp_path):
-        """NAME/m splits at the last slash: ModuleDict allows any name without a dot."""
-        model = randomize(svft.inject(nn.ModuleDict({"a/b": nn.Linear(4, 4)}), ["a/b"]))
+        """NAME/m splits at the last slash: ModuleDict allows any name without a dot. A head that was adapted by name loads
+        as well. What the file does not name is frozen."""
+        fresh = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a/b", "score", "rest")})
+        model = randomize(svft.inject(copy.deepcopy(fresh), ["a/b", "score"]))
         svft.save_adapter(model, tmp_path / "a.npz")
-        fresh = nn.ModuleDict({"a/b": copy.deepcopy(model["a/b"])})
-        fresh["a/b"].m.data.zero_()
-        assert torch.equal(svft.load_adapter(fresh, tmp_path / "a.npz")["a/b"].m, model["a/b"].m)
+        loaded = svft.load_adapter(fresh, tmp_path / "a.npz")
+        assert all(torch.equal(loaded[name].m, model[name].m) for name in adapted(model))
+        assert [name for name, p in loaded.named_parameters() if p.requires_grad] == ["a/b.m", "score.m"]
 
 
 # ---------------------------------------------------------------- bad input: one message for each kind
@@ -1254,7 +1256,6 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], path='gather', keep_weight=False)", ValueError, "layer '2': path: got 'gather'"),
     ("inject(m, ['2'], path='fused', rank=2)", ValueError, "layer '2': path: got 'fused', want one of ['auto', 'ga"),
     ("inject(m, ['2'], keep_weight=False, rank=2)", ValueError, "layer '2': path: got 'auto', want one of []"),
-    ("inject(m, ['2'], ranks=2)", TypeError, "got an unexpected keyword argument 'ranks'"),
     ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got it with rank="),
     ("inject(m, ['2'], svd=[*compute_svd(m[2].weight)])", TypeError, "layer '2': svd: got list, want an SVD(U, S, Vh)"),
     ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)))", ValueError, "in W0 V = U Sigma"),
@@ -1263,11 +1264,11 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),
     ("inject(m, ['2'], svd=last_negative(compute_svd(m[2].weight)))", ValueError, "in Sigma sorted, >= 0"),
     ("inject(m, [])", ValueError, "target_modules: got []"),
-    ("inject(m, ['all-linear'])", ValueError, "target_modules: got ['all-linear'], which matches no layer"),
     ("inject(m, ['7'])", ValueError, "target_modules: got ['7'], which matches no layer"),
     ("inject(m, ['1'])", TypeError, "layer '1': base: got <class 'torch.nn.modules.activation.Tanh'>"),
     ("SVFTLinear(3)", TypeError, "base: got <class 'int'>, want exactly nn.Linear or Conv1D"),
     ("SVFTLinear(m[2], path='gather')(torch.ones(2, 12))", RuntimeError, "shapes cannot be multiplied"),
+    ("load_adapter(m, 'absent.npz')", FileNotFoundError, "absent.npz"),
     ("save_adapter(m, 'a.npz')", ValueError, "model: got one without an SVFTLinear"),
     ("save_adapter(inject(mlp(), ['0']), 'no/a.npz')", OSError, "path: got 'no/a.npz', want a regular file"),
     ("save_adapter(inject(mlp(), ['0'], full_matrices=True), 'a.npz')", ValueError, "layer '0': full_matrices: got"),

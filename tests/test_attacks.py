@@ -92,7 +92,8 @@ class TestCacheFiles:
 # fmt: off
 KINDS = ["bool", "'i4'", "'i8'", "'f2'", "'f4'", "'f8'", "complex", "'>f4'", "'>i8'", "str", "bytes", "object"]
 FORGERIES = [  # what is done to an array a of a good file; what this array does not allow is left out
-    *(f"a.astype({kind})" for kind in KINDS), "a[..., :-1]", "a[None]", "a[..., None]", "a * np.array(np.inf, a.dtype)",
+    *(f"a.astype({kind})" for kind in KINDS), "a[..., :-1]", "a[None]", "a[..., None]",
+    "np.append(a[..., :-1], a[..., -1:] * np.inf, -1)", "a + [[0], [1]]", "a + [[1], [0]]",  # one value, or outside of M
     "a - [0, 0, 1]", "a + [0, 0, 1]", "a * [1, 1, 0]", "a - [0, 1, 1]",  # ranks and widths that are none, or another's
 ]
 OTHER_UPDATES = [  # of m and the probes: only the basis can tell that the file is wrong
@@ -105,6 +106,7 @@ FOREIGN = [  # what is done to all the arrays f of a good file
     "[f.pop(name) for name in [*f] if name != 'format']",
     "del f['2/m']",
     "f['more'] = f['2/m']",  # of no layer
+    "f['2/pattern'] = np.array('x' * 100)",
     "f['2/more'] = f['2/m']",
     "f['2/m'], f['2/omega'] = f['2/m'][:0], f['2/omega'][:, :0]",
     "f['2/m'], f['2/probes'] = f['2/m'] * np.float64(1e42), f['2/probes'] * 1e42",  # too large for the layer
@@ -127,7 +129,7 @@ def forged(path):
     for change in FOREIGN:
         exec(change, {"f": (f := dict(good)), "np": np})
         yield change, npz(f), True
-    for place in (place for place in good if place.startswith("2/")):
+    for place in (place for place in good if place.startswith("0/")):
         for source in FORGERIES + OTHER_UPDATES:
             with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError), np.errstate(all="ignore"):
                 array = eval(source, {"a": good[place], "np": np})
@@ -151,7 +153,7 @@ class TestAdapterFiles:
             try:
                 loaded = svft.load_adapter(copy.deepcopy(model), path)
             except (ValueError, TypeError) as error:
-                assert re.search("(adapter.npz: got|layer '[1245]': ).*want", str(error)), (name, error)
+                assert re.search("(adapter.npz: got|layer '[0-5]': ).*want", str(error)), (name, error)
                 assert not svd_calls or name.partition(": ")[2] in OTHER_UPDATES or "1e42" in name, (name, error)
                 said.append(name)
             else:
@@ -291,6 +293,7 @@ ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be t
     ("m.append(nn.Linear(6, 6)); m[5].weight = m[2].weight", "2", ValueError, "in two places"),
     ("m.append(m[2])", "2", ValueError, "in two places"),
     ("m[2] = Conv1D(6, 6)", "2", TypeError, "Conv1D"),
+    ("m.append(nn.MultiheadAttention(6, 2))", "5", TypeError, "MultiheadAttention"),
     ("m.append(nn.MultiheadAttention(6, 2))", "5.out_proj", TypeError, "NonDynamicallyQuantizableLinear"),
     ("m.append(nn.TransformerEncoderLayer(6, 2, 8))", "5.linear1", ValueError, "its parent bypasses"),
     ("m[2] = nn.Sequential(torch.compile(nn.Linear(6, 6)))", "2.0", ValueError, "its parent bypasses"),
@@ -324,7 +327,7 @@ class TestOddLayers:
         model = after(change, mlp())
         with refused(model, error, f"layer '{target}': .*({text}).*want"):
             svft.inject(model, [target])
-        with pytest.warns(UserWarning, match=re.escape(target)) as caught:
+        with pytest.warns(UserWarning, match=f"'{re.escape(target)}'") as caught:
             svft.inject(model, "all-linear")
         assert set(adapted(model)) == {"0", "2", "4"} - {target.split(".")[0]} and len(caught) == 1
 
@@ -365,6 +368,7 @@ class TestOddLayers:
             made = svft.inject(mlp(width=200).to(torch.float32 if late else dtype), ["0", "2", "4"], keep_weight=keep)
             model = randomize(made.to(dtype))
             model[2].U.requires_grad_(True)  # as if a whole block had been unfrozen
+            model[2].m.data[0] = 0  # one entry of it, of which no one is warned
             svft.save_adapter(model, tmp_path / "a.npz")
             assert adapted(svft.merge(model)) == []
 
@@ -384,21 +388,15 @@ class TestOddLayers:
 
 ODD_INPUT = [  # a call, with the small model as m; the error; what its text names
     ("compute_svd(torch.eye(3).to_sparse())", TypeError, "weight: got Tensor .*want a dense"),
-    ("compute_svd(torch.eye(3), rank=2.0)", TypeError, "indices must be integers"),
-    ("omega_banded(3, 3, 1.5)", TypeError, "must be int, not float"),
     ("omega_banded(0, 3, 1)", ValueError, r"omega: got Tensor \(2, 0\)"),
     ("omega_banded(3, 3, 1, above=-2)", ValueError, "above: got .*-2"),
-    ("omega_random(3, 3, 2, seed=1.5)", TypeError, "Cannot cast"),
     ("omega_top_k(torch.ones(3), torch.eye(3), 1)", RuntimeError, "only supported on matrices"),
-    ("rank_bound(omega_plain(3, 3), 5)", TypeError, "unpack"),
     ("term_rank(omega_plain(3, 3).int())", TypeError, "omega: got Tensor .*torch.int32.*want an int64"),
     ("inject(inject(mlp(), ['2']), ['2'])", TypeError, "layer '2': base: got .*SVFTLinear.*want exactly"),
     ("inject(m, ['2'], svd=compute_svd(torch.eye(4, 3)))", ValueError, "svd: got .*want shapes"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6)))", ValueError, "svd: got .*want shapes"),
     ("inject(m, ['2'], svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6) * torch.nan, torch.ones(6), torch.eye(6)))", ValueError, "svd: got"),
-    ("inject(m, [2])", TypeError, "expected string"),
-    ("inject(m, '2(')", re.error, "unterminated"),
     ("inject(m[2], '.*')", ValueError, "model itself"),
     ("inject(m, '.*')", ValueError, "layer '': "),
 ]

@@ -1,7 +1,4 @@
-"""svft.py in the places where people run it: Hugging Face, several processes, compile, export, torch.func, devices.
-
-What needs transformers or accelerate is skipped without them: `pip install ".[dev]"` brings both.
-"""
+"""svft.py in the places where people run it: Hugging Face, several processes, compile, export, torch.func, devices."""
 
 import copy
 import importlib.util
@@ -262,10 +259,12 @@ class TestTransformations:
 
         plain, inside, path, x = model(), model(), tmp_path / "a.npz", torch.randn(3, 6)
         inside[0], inside[1] = torch.compile(inside[0]), checkpoint_wrapper(inside[1])
-        names = [["0.1", "1.0"], ["0._orig_mod.1", "1._checkpoint_wrapped_module.0"], ["_orig_mod.0.1", "1.0"]]
-        for wrapped, targets in zip((plain, inside, nn.DataParallel(torch.compile(model()))), names, strict=True):
+        own, parts = ["0.1", "1.0"], ["0._orig_mod.1", "1._checkpoint_wrapped_module.0"]
+        whole = nn.DataParallel(torch.compile(model())), checkpoint_wrapper(model())
+        names = own, parts, ["_orig_mod.0.1", "1.0"], own
+        for wrapped, targets in zip((plain, inside, *whole), names, strict=True):
             svft.save_adapter(randomize(svft.inject(wrapped, targets, "random", 1)), path)
-            assert [row.split()[0] for row in svft.summary(wrapped).splitlines()[1:3]] == names[0]
+            assert [row.split()[0] for row in svft.summary(wrapped).splitlines()[1:3]] == own
             near(svft.load_adapter(model(), path)(x), plain(x), 1e-5)
             near(svft.load_adapter(nn.DataParallel(model()), path).module(x), plain(x), 1e-5)
 
@@ -273,15 +272,13 @@ class TestTransformations:
 # ---------------------------------------------------------------- devices
 
 
-class TestDevices:
-    def test_no_path_mixes_devices(self):
-        """Every pattern and path on a fake GPU, injected, run and merged. LAPACK works on CUDA, else on the CPU, as
-        for MPS."""
-        if torch.cuda.is_available():
-            pytest.skip("the laws themselves run on this GPU, which shows a mix-up")
-        if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-            pytest.skip("this torch cannot register a backend in Python")
-        torch.multiprocessing.spawn(run_on_a_fake_gpu)  # in its own process: autograd must start with the fake GPU
+def test_no_path_mixes_devices():
+    """Every pattern and path on a fake GPU, injected, run and merged. LAPACK works on CUDA, else on the CPU, as for MPS."""
+    if torch.cuda.is_available():
+        pytest.skip("the laws themselves run on this GPU, which shows a mix-up")
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot register a backend in Python")
+    torch.multiprocessing.spawn(run_on_a_fake_gpu)  # in its own process: autograd must start with the fake GPU
 
 
 def run_on_a_fake_gpu(rank):

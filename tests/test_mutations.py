@@ -59,7 +59,9 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
     ('torch.mm(layer.U[:0], layer.U.T[:, :0]).dtype in HALF', 'layer.U.dtype in HALF', 'auto_knows'),
     ('"fused": whole,', '"fused": True,', 'auto_knows'),
     ('"auto": kept or whole,', '"auto": True,', 'bad_argument_is_refused'),
+    ('U, Vh = self.U.detach(), self.Vh.detach()', 'U, Vh = self.U, self.Vh', 'only_m_trains'),
     # -- merge, inject, disabled
+    ('    _check_alone(layer)\n    W0', '    W0', 'would_come_out_wrong'),
     ('W = (W0 + delta).to(layer.U.dtype)', 'W = W0.to(layer.U.dtype) + delta.to(layer.U.dtype)', 'merge_rounds_once'),
     ('if lost > 0.1:', 'if lost > 2:', 'warns_with_the_figure'),
     ('return plain.train(layer.training)', 'return plain', 'type_layout_dtype'),
@@ -103,9 +105,6 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
     ('raise OSError(error.errno, error.strerror, str(file)) from error', 'raise', 'full_disk'),
     ('        temporary.unlink(missing_ok=True)', '        pass', 'full_disk'),
     ('    temporary = file.with_name(f".{os.getpid()}.{time.monotonic_ns()}.tmp")', '    temporary = file', 'kill_9'),
-    # -- what 0.3.0 promises
-    ('U, Vh = self.U.detach(), self.Vh.detach()', 'U, Vh = self.U, self.Vh', 'only_m_trains'),
-    ('    _check_alone(layer)\n    W0', '    W0', 'would_come_out_wrong'),
     ('        layers[name].pattern = entry["pattern"]\n', '', 'what_is_saved_is_what'),
     ('fit = len({*names}) == len(names) and all(map(known, names))', 'fit = all(map(known, names))', 'forged_or_foreign'),
     ('[(pattern.dtype.kind, pattern.shape)]', '[("U", ())]', 'forged_or_foreign'),
