@@ -281,6 +281,7 @@ class Conv1D(nn.Linear):
 ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be taken; the error; what its text names
     ("m[2].weight.data.fill_(torch.nan)", "2", ValueError, "NaN"),
     ("m[2].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), False)", "2", TypeError, "int8"),
+    ("m[2].weight.__tensor_flatten__ = print", "2", TypeError, "weight: got"),  # as torchao's packed weights have it
     ("m[2].weight.data = torch.ones(6, 0)", "2", ValueError, r"\(6, 0\)"),
     ("m[2].to('meta')", "2", ValueError, "meta"),
     ("nn.utils.parametrizations.orthogonal(m[2])", "2", TypeError, "Parametrized"),
@@ -394,6 +395,7 @@ ODD_INPUT = [  # a call, with the small model as m; the error; what its text nam
     ("term_rank(omega_plain(3, 3).int())", TypeError, "omega: got Tensor .*torch.int32.*want an int64"),
     ("inject(inject(mlp(), ['2']), ['2'])", TypeError, "layer '2': base: got .*SVFTLinear.*want exactly"),
     ("inject(m, ['2'], svd=compute_svd(torch.eye(4, 3)))", ValueError, "svd: got .*want shapes"),
+    ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.ones(7), torch.eye(6)))", ValueError, "svd: got .*want shapes"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6)))", ValueError, "svd: got .*want shapes"),
     ("inject(m, ['2'], svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6) * torch.nan, torch.ones(6), torch.eye(6)))", ValueError, "svd: got"),
