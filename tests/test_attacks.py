@@ -395,6 +395,7 @@ ODD_INPUT = [  # a call, with the small model as m; the error; what its text nam
     ("term_rank(omega_plain(3, 3).int())", TypeError, "omega: got Tensor .*torch.int32.*want an int64"),
     ("inject(inject(mlp(), ['2']), ['2'])", TypeError, "layer '2': base: got .*SVFTLinear.*want exactly"),
     ("inject(m, ['2'], svd=compute_svd(torch.eye(4, 3)))", ValueError, "svd: got .*want shapes"),
+    ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.ones(6), m[2].weight))", ValueError, r"in V\^T V = I"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.ones(7), torch.eye(6)))", ValueError, "svd: got .*want shapes"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6), torch.tensor(1.0), torch.eye(6)))", ValueError, "svd: got .*want shapes"),
     ("inject(m, ['2'], svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
