@@ -280,7 +280,7 @@ class Conv1D(nn.Linear):
 # fmt: off
 ODD_LAYERS = [  # what was done to the small model m; the layer that cannot be taken; the error; what its text names
     ("m[2].weight.data.fill_(torch.nan)", "2", ValueError, "NaN"),
-    ("m[2].weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), False)", "2", TypeError, "int8"),
+    ("m[2].weight = nn.Parameter(torch.ones(6, 6).to(torch.float8_e4m3fn), False)", "2", TypeError, "float8"),
     ("m[2].weight.__tensor_flatten__ = print", "2", TypeError, "weight: got"),  # as torchao's packed weights have it
     ("m[2].weight.data = torch.ones(6, 0)", "2", ValueError, r"\(6, 0\)"),
     ("m[2].to('meta')", "2", ValueError, "meta"),
