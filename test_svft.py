@@ -362,7 +362,7 @@ class TestOmega_Section_3_1:
         """Any Omega fits Eq. (2): LoRA-XS is the top-left block, SVF the diagonal."""
         block = torch.cartesian_prod(torch.arange(2), torch.arange(2)).T.contiguous()
         layer = SVFTLinear(plain_layer(5, 4), block)
-        assert torch.equal(layer.omega, block) and layer.omega.data_ptr() != block.data_ptr()  # a copy of its own
+        assert torch.equal(layer.omega, block) and layer.omega.data_ptr() != block.data_ptr() and "custom" in str(layer)
         R, svd = torch.randn(2, 2, dtype=torch.float64), compute_svd(layer.weight)
         layer.m.data.copy_(R.flatten())
         near(layer.delta_weight(), svd.U[:, :2] @ R @ svd.Vh[:2], 1e-12)  # LoRA-XS: U_r R V_r^T
@@ -446,8 +446,7 @@ class TestTheLayer_Eq_1_and_2:
     @pytest.mark.parametrize("shape", [(3, 5), (5, 3)], ids=str)
     def test_the_full_svd_gives_the_same_h_on_every_path(self, shape):
         """Sigma is then a rectangle: it meets the first min(d1, d2) rows of z alone."""
-        layer, x = SVFTLinear(plain_layer(*shape), full_matrices=True), torch.randn(2, shape[1], dtype=torch.float64)
-        layer.m.data += 1
+        layer, x = randomize(SVFTLinear(plain_layer(*shape), full_matrices=True)), torch.randn(2, shape[1]).double()
         for layer.path in PATHS:
             near(layer(x), x @ layer.merged_weight().T + layer.bias, 1e-12)
 
@@ -738,7 +737,9 @@ class TestMerge:
         """A whole model is merged in place, and what trains beside m still trains. The second merge finds nothing."""
         model, x = randomize(svft.inject(mlp(), ["0", "2"])), torch.randn(3, 5)
         want, head = model(x), model[4].requires_grad_(True)
-        assert svft.merge(model) is model and not adapted(model) and head.weight.requires_grad
+        places = nn.ModuleDict({"model": model, "layer": model[2]})  # one layer in two of them
+        assert svft.merge(places) is places and not adapted(places) and places["layer"] is model[2]
+        assert head.weight.requires_grad
         near(model(x), want, 1e-5)
         before = snapshot(model)
         assert_untouched(svft.merge(model), before)
@@ -753,11 +754,11 @@ class TestDisabledAndSummary:
         base, x = mlp(), torch.randn(3, 5)
         model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], keep_weight=keep))
         out, want, tolerance = model(x), base(x), 0 if keep else 1e-5
-        with svft.disabled(model):
+        with svft.disabled(model) as outer:
             with contextlib.suppress(ZeroDivisionError), svft.disabled(model):
                 near(model(x), want, tolerance)
                 1 / 0  # noqa: B018
-            near(model(x), want, tolerance)
+            near(outer(x), want, tolerance)
             assert (svft.merge(copy.deepcopy(model))(x) - want).abs().max() > 1e-3  # merging is not disabled
         assert torch.equal(model(x), out) and (out - want).abs().max() > 1e-3
 
