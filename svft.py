@@ -451,7 +451,7 @@ def _merged(layer: SVFTLinear, name: str, level: int) -> nn.Module:
     W = (W0 + delta).to(layer.U.dtype)  # (d1, d2)
     _check_finite(W, "merged weight")
     lost = float((W.double() - W0 - delta).norm() / delta.norm())
-    if lost > 0.1:  # not for m = 0: lost is NaN
+    if 0.1 < lost < float("inf"):  # not for m = 0: lost is NaN or inf
         _warn([name], f"merged and rounded to {W.dtype}: that loses {lost:.0%} of the update", level=level)
     weight = layer._layout(W)
     with torch.device("meta"):  # no random weight

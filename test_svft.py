@@ -355,8 +355,7 @@ class TestOmega_Section_3_1:
             assert len(SVFTLinear(plain_layer(6, 6), pattern, 2).m) == 24, pattern  # 4 + 5 + 6 + 5 + 4
             assert len(SVFTLinear(plain_layer(6, 6), pattern, 2, k=7).m) == 7, pattern
         assert torch.equal(SVFTLinear(plain_layer(6, 6), "random").omega, omega_random(6, 6, 24))
-        for pattern in ("plain", omega_plain(4, 4)):
-            assert len(SVFTLinear(plain_layer(6, 4), pattern, -1).m) == 4
+        assert all(len(SVFTLinear(plain_layer(6, 4), pattern, -1).m) == 4 for pattern in ("plain", omega_plain(4, 4)))
 
     def test_omega_may_be_a_tensor_or_a_function_of_the_svd(self):
         """Any Omega fits Eq. (2): LoRA-XS is the top-left block, SVF the diagonal."""
@@ -646,16 +645,16 @@ class TestInject:
 
     def test_random_draws_another_omega_for_each_layer_from_one_seed(self):
         """The seed of a layer is seed + CRC-32 of its name, so layers of equal shape do not share an Omega."""
-        for how in ({}, {"seed": 3}):
+        for seed, how in ((0, {}), (3, {"seed": 3})):
             model = svft.inject(nn.Sequential(*(nn.Linear(8, 8) for _ in "ab")), ["0", "1"], "random", **how)
             assert not torch.equal(model[0].omega, model[1].omega)
             for name, layer in model.named_children():
-                seed = (how.get("seed", 0) + zlib.crc32(name.encode())) % 2**32
-                assert torch.equal(layer.omega, omega_random(8, 8, 34, seed=seed))
+                assert torch.equal(layer.omega, omega_random(8, 8, 34, seed=seed + zlib.crc32(name.encode())))
 
     def test_W0_and_bias_are_shared_with_the_base_and_every_tensor_is_contiguous(self):
         """The base does not change. safetensors and FSDP2 want contiguous tensors, whatever was given."""
         base = plain_layer(6, 6).eval()
+        base.bias.data = base.bias.data.float()  # of a dtype of its own
         svd = SVD(*(torch.stack([t, t], -1)[..., 0] for t in compute_svd(base.weight)))  # with gaps
         before, layer = snapshot(base), SVFTLinear(base, omega_plain(6, 6).T.contiguous().T, svd=svd)
         assert layer.weight.data_ptr() == base.weight.data_ptr() and layer.bias.data_ptr() == base.bias.data_ptr()
@@ -723,7 +722,8 @@ class TestMerge:
         assert [warning.filename for warning in caught] == 2 * [__file__]  # at the caller's line
         randomize(layer, 1.0).merge()
         randomize(SVFTLinear(plain_layer(32, 32, dtype=torch.float32)), 1e-4).merge()
-        SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16)).merge()  # m = 0: nothing to lose
+        for keep in (True, False):
+            SVFTLinear(plain_layer(32, 32, dtype=torch.bfloat16), keep_weight=keep).merge()  # m = 0: nothing to lose
 
     @pytest.mark.parametrize("change, text", SPOILT, ids=[row[0] for row in SPOILT])
     def test_what_would_come_out_wrong_is_refused_and_the_model_left_alone(self, change, text):
@@ -1196,7 +1196,7 @@ class TestAdapterFile:
         target.load_state_dict(model.state_dict())
         near(target[0].merged_weight(), model[0].merged_weight(), 1e-6)
         base[0].weight.data.copy_(torch.outer(torch.arange(1.0, 7), torch.ones(6)) + torch.eye(6)[:1])  # of rank 2
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
             with pytest.warns(UserWarning, match="singular values"):
                 svft.save_adapter(randomize(svft.inject(copy.deepcopy(base).to(dtype), ["0"])), path)
         small = nn.Linear(99, 99).requires_grad_(False).apply(lambda layer: layer.weight.mul_(1e-7))
@@ -1240,7 +1240,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("compute_svd(torch.ones(2, 3), rank=2, full_matrices=True)", ValueError, "rank: got 2, want at least 1, and not"),
     ("omega_banded(3, 3, -1)", ValueError, "d, above: got (-1, -1), want at least 0"),
     ("omega_random(3, 3, 10)", ValueError, "Cannot take a larger sample"),
-    ("omega_random(3, 3, 0)", ValueError, "omega: got Tensor (2, 0) of"),
+    ("inject(m, ['2'], 'random', k=0)", ValueError, "layer '2': omega: got Tensor (2, 0) of"),
     ("omega_top_k(torch.eye(2), torch.eye(2), 5)", ValueError, "k: got 5, want 1 to 4"),
     ("omega_top_k(torch.eye(2), torch.eye(2), 0)", ValueError, "k: got 0, want 1 to 4"),
     ("rank_bound(torch.tensor([[0], [5]]), (9, 5))", ValueError, "omega: got [0, 5] to [0, 5], want 0 <= i < 9, 0 <="),
@@ -1258,7 +1258,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], keep_weight=False, rank=2)", ValueError, "layer '2': path: got 'auto', want one of []"),
     ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got it with rank="),
     ("inject(m, ['2'], svd=(*compute_svd(m[2].weight),))", TypeError, "layer '2': svd: got tuple, want an SVD(U, S, V"),
-    ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)))", ValueError, "in W0 V = U Sigma"),
+    ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)), keep_weight=False)", ValueError, "in W0 V = U Sigma"),
     ("SVFTLinear(mlp().half()[2], svd=SVD(*(1.0005 * t for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
     ("inject(m, ['4'], svd=compute_svd(m[4].weight * (torch.arange(6) < 5)))", ValueError, "in W0^T U = V Sigma"),
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),

@@ -334,7 +334,7 @@ class TestOddLayers:
 
     def test_all_linear_leaves_out_what_lies_in_another_adapter_and_names_eight_at_most(self):
         """As PEFT wraps a layer: the base and two small layers beside it. Adapting them would change what it does."""
-        sizes = {"lora_A": (6, 2), "lora_B": (2, 6)}
+        sizes = {"into": (6, 2), "out": (2, 6)}
         wrapped = [
             nn.ModuleDict({name: nn.Linear(*size) for name, size in {base: (6, 6), **sizes}.items()})
             for base in ["base_layer", "original_module"] * 2

@@ -63,7 +63,7 @@ MUTATIONS = [  # svft.py has this; change it to this; and the law whose name has
     # -- merge, inject, disabled
     ('    _check_alone(layer)\n    W0', '    W0', 'would_come_out_wrong'),
     ('W = (W0 + delta).to(layer.U.dtype)', 'W = W0.to(layer.U.dtype) + delta.to(layer.U.dtype)', 'merge_rounds_once'),
-    ('if lost > 0.1:', 'if lost > 2:', 'warns_with_the_figure'),
+    ('if 0.1 < lost <', 'if 2 < lost <', 'warns_with_the_figure'),
     ('return plain.train(layer.training)', 'return plain', 'type_layout_dtype'),
     ('nn.Parameter(layer.bias.clone(), requires', 'nn.Parameter(layer.bias, requires', 'type_layout_dtype'),
     ('    weight = layer._layout(W)\n', '    weight = W\n', 'merged_layer_computes'),
