@@ -173,13 +173,14 @@ def near(got, want, tolerance, cell=""):
 
 
 def snapshot(model):
-    """All that "exactly as it was" means: structure, identity, mode, requires_grad, and every bit."""
+    """All that "exactly as it was" means: structure, identity, mode, path, requires_grad, and every bit."""
 
     def bits(t):  # NaN equals itself here; a tensor on meta has none
         return None if t.is_meta else t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    modules = {name: (id(m), m.training) for name, m in model.named_modules(remove_duplicate=False)}
+    every = model.named_modules(remove_duplicate=False)
+    modules = {name: (id(m), m.training, getattr(m, "path", None)) for name, m in every}
     return modules | {name: (id(t), t.requires_grad, bits(t)) for name, t in tensors}
 
 
@@ -258,7 +259,7 @@ class TestSVD_Section_3_1:
         near(got.Vh, want.Vh, 1e-10)
 
     def test_where_the_largest_entries_are_equal_the_first_decides_whatever_the_rounding(self):
-        """A symmetric Toeplitz weight has u_i = +-u_(n-1-i): the last bit must not choose the sign (D2)."""
+        """Each u of a symmetric Toeplitz weight is its own mirror image, up to sign. The last bit must not choose (D2)."""
         torch.manual_seed(0)
         i = torch.arange(64)
         W = torch.randn(64, dtype=torch.float64)[(i[:, None] - i).abs()]
@@ -310,7 +311,7 @@ class TestOmega_Section_3_1:
 
     @given(n=st.integers(1, 30), d=st.integers(0, 29), more=st.integers(-3, 3))
     def test_counts_are_those_of_table_7(self, n, d, more):
-        """A d1 x d2 layer with n = min(d1, d2) trains n values if plain, n d + (n - d)(d + 1) if banded."""
+        """A d1 x d2 layer with n = min(d1, d2) > d trains n values if plain, n d + (n - d)(d + 1) if banded."""
         d, shape = min(d, n - 1), (n, n + more) if more > 0 else (n - more, n)
         for pattern, count in (("plain", n), ("banded", n * d + (n - d) * (d + 1))):
             layer = SVFTLinear(plain_layer(*shape), pattern, d)
@@ -442,25 +443,15 @@ class TestTheLayer_Eq_1_and_2:
         layer.m.data += 1
         near(layer(x), layer(x.contiguous()), 1e-12)
 
-    @pytest.mark.parametrize("shape", [(3, 5), (5, 3)], ids=str)
-    def test_the_full_svd_gives_the_same_h_on_every_path(self, shape):
-        """Sigma is then a rectangle: it meets the first min(d1, d2) rows of z alone."""
-        layer, x = randomize(SVFTLinear(plain_layer(*shape), full_matrices=True)), torch.randn(2, shape[1]).double()
-        for layer.path in PATHS:
-            near(layer(x), x @ layer.merged_weight().T + layer.bias, 1e-12)
-
     def test_an_empty_batch_works_with_any_number_of_threads(self):
         """With one thread embedding_bag takes no columns, with more it refuses them."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            assert SVFTLinear(plain_layer(9, 7, dtype=torch.float32), path="gather")(torch.ones(0, 7)).shape == (0, 9)
-        finally:
+        for threads in (1, 2, torch.get_num_threads()):
             torch.set_num_threads(threads)
+            assert SVFTLinear(plain_layer(9, 7, dtype=torch.float32), path="gather")(torch.ones(0, 7)).shape == (0, 9)
 
 
 class TestLemma_a_structure:
-    """If M is diagonal, the new weight has the singular vectors of W0."""
+    """If M is diagonal, the new weight has the singular vectors of W0, up to order and sign."""
 
     @given(n=st.integers(2, 6), seed=seeds)
     def test_a_diagonal_M_keeps_the_singular_vectors_up_to_order_and_sign(self, n, seed):
@@ -489,7 +480,7 @@ class TestLemma_a_structure:
 
 
 class TestLemma_b_expressivity:
-    """If Omega holds every (i, j), some M reaches any target P."""
+    """With the full SVD and every (i, j) in Omega, some M reaches any target P."""
 
     def reached_for(self, shape, seed=0, **how):
         """A random P, and a layer with every (i, j) in Omega and the least-squares M, which is U^T (P - W0) V."""
@@ -544,7 +535,7 @@ class TestLemma_c_rank:
         assert layer.check_rank() == (1, 1, 4)
 
     def test_a_rank_above_its_bound_raises(self, monkeypatch):
-        """check_rank compares what it found; it does not assume the lemma. Of NaN or inf it finds nothing."""
+        """check_rank compares what it found; it does not assume the lemma. NaN or inf raises ValueError."""
         layer = randomize(SVFTLinear(plain_layer(4, 4)))
         for name in ("term_rank", "rank_bound"):
             with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="rank"):
@@ -601,7 +592,7 @@ class TestInject:
 
     @pytest.mark.filterwarnings("error::UserWarning")
     def test_a_stack_of_weights_is_warned_of_and_stays_as_it_is(self):
-        """The experts of a mixture are 3-d Parameters: an entry that names them takes half of what it seems to take."""
+        """The experts of a mixture are 3-d Parameters: an entry that names them too reaches the linear layers alone."""
         model = nn.ModuleDict({"shared": nn.ModuleDict({"down_proj": nn.Linear(4, 3)}), "experts": nn.Module()})
         model["experts"].down_proj = nn.Parameter(torch.randn(2, 3, 4))
         model["experts"] = torch.compile(model["experts"])  # whose own name is left out
@@ -631,7 +622,7 @@ class TestInject:
             svft.inject(model, ["0", "2", "4"], pattern)
 
     def test_it_freezes_all_but_m_and_keeps_the_m_of_an_earlier_inject(self, tmp_path):
-        """What trains is decided by identity: a parameter called m is frozen. Loading into a live model freezes nothing."""
+        """What trains is decided by identity: another parameter called m is frozen. Loading into a live model freezes nothing."""
         model = mlp()
         wrapper = nn.ModuleDict({"module": model})  # as DDP is one
         wrapper.register_parameter("m", nn.Parameter(torch.ones(1)))
@@ -902,7 +893,7 @@ class TestCost:
 
     @W0_kept_or_freed
     def test_auto_knows_what_a_dense_band_costs_and_where_fused_would_round_or_cut(self, keep):
-        """A sparse multiply-add is charged 12 on the CPU. fused would round W0 if half (D14), and cut it to a rank (D8)."""
+        """A sparse multiply-add counts as 12 dense ones on the CPU. fused would round W0 if half (D14), and cut it to a rank (D8)."""
         square = plain_layer(64, 64, dtype=torch.float32)
         assert path_taken(SVFTLinear(square, "banded", 0, keep_weight=keep), 80) == "fused"
         assert path_taken(SVFTLinear(square, "banded", 8, keep_weight=keep), 80) == "dense"
@@ -911,10 +902,13 @@ class TestCost:
             layer = SVFTLinear(base, keep_weight=keep)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
                 assert (path_taken(layer, last), path_taken(layer, last + 1)) == (few, "dense")
-        assert {path_taken(SVFTLinear(square, rank=9), tokens) for tokens in (2, 9999)} == {"gather"}
+        cut = SVFTLinear(square, rank=9)
+        with refused(cut, ValueError, "path: got 'fused'"):
+            cut.path = "fused"
+        assert {path_taken(cut, tokens) for tokens in (2, 9999)} == {"gather"}
 
     def test_auto_is_within_a_quarter_of_the_fastest_path_that_an_H200_recorded(self):
-        """All 42 cells of studies/runs/h200-paths.csv, by kernel time and by wall time; banded, d = 2."""
+        """All 42 cells of studies/runs/h200-paths.csv, by kernel and by wall time; d = 2. In bfloat16 fused is left out."""
         cells, ratios = {}, []
         with open(HERE / "studies" / "runs" / "h200-paths.csv", newline="") as file:
             for row in csv.DictReader(file):
@@ -986,7 +980,7 @@ def svd_calls(monkeypatch):
     return calls
 
 
-class TestSVDCache:
+class TestCacheOfSVDs:
     """With cache_dir the SVD of a weight is computed once; a wrong file is as good as none."""
 
     def test_a_second_call_computes_nothing_and_whatever_changes_the_result_changes_the_file(self, tmp_path, svd_calls):
@@ -1031,11 +1025,13 @@ class TestSVDCache:
         assert recomputed > len(whole) / 29 / 2 and list(tmp_path.iterdir()) == [path]
 
     @devices
-    def test_cached_factors_are_on_the_device_of_the_weight(self, tmp_path, device):
-        """Computed, and read from the file."""
-        W = torch.randn(6, 4, device=device)
+    def test_cached_factors_are_on_the_device_of_the_weight_and_every_process_finds_them(self, tmp_path, device):
+        """Whether computed or read from the file. The name of a file follows from the weight's bytes alone."""
+        W = torch.arange(24.0, device=device).view(6, 4)
         for _ in "twice":
             assert {t.device for t in compute_svd(W, cache_dir=tmp_path)} == {W.device}
+        (file,) = tmp_path.iterdir()
+        assert file.name == "a8018b5c145b84b52497ad6c7a281a17c38fdf7c4f4e21182246d02bc1fe13cf.npz"
 
 
 @pytest.fixture
@@ -1123,7 +1119,7 @@ class TestAdapterFile:
             svft.load_adapter(earlier_base(), path)
 
     def test_training_resumes_where_it_stopped(self, tmp_path):
-        """Stop, save, load, go on: the same numbers as without the stop, with the state_dict of the optimiser."""
+        """Stop, save, load, go on: the same numbers as without the stop, with the state_dict of the optimizer."""
         model, resumed = (svft.inject(mlp(), ["0", "2", "4"]) for _ in "ab")
         optimizer, again = (torch.optim.AdamW(m.parameters(), lr=0.05) for m in (model, resumed))
         svft.save_adapter(steps(model, range(3), optimizer), tmp_path / "a.npz")
@@ -1213,11 +1209,11 @@ class TestAdapterFile:
 
     def test_the_name_of_a_layer_may_hold_a_slash(self, tmp_path):
         """NAME/m splits at the last slash: ModuleDict allows any name without a dot. A head that was adapted by name loads
-        as well. What the file does not name is frozen."""
+        as well, from a file of any name. What the file does not name is frozen."""
         fresh = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a/b", "score", "rest")})
         model = randomize(svft.inject(copy.deepcopy(fresh), ["a/b", "score"]))
-        svft.save_adapter(model, tmp_path / "a.npz")
-        loaded = svft.load_adapter(fresh, tmp_path / "a.npz")
+        svft.save_adapter(model, tmp_path / "adapter.v1")
+        loaded = svft.load_adapter(fresh, tmp_path / "adapter.v1")
         assert all(torch.equal(loaded[name].m, model[name].m) for name in adapted(model))
         assert [name for name, p in loaded.named_parameters() if p.requires_grad] == ["a/b.m", "score.m"]
 
@@ -1249,6 +1245,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("term_rank(omega_plain(3, 3).flip(1))", ValueError, "omega: got unsorted or repeated positions"),
     ("term_rank(omega_plain(3, 3)[:, [0, 0, 1]])", ValueError, "omega: got unsorted or repeated positions"),
     ("inject(m, ['2'], torch.tensor([[5], [6]]))", ValueError, "layer '2': omega: got [5, 6] to [5, 6], want 0"),
+    ("inject(m, ['2'], lambda svd: torch.tensor([[6], [5]]))", ValueError, "layer '2': omega: got [6, 5] to [6, 5], "),
     ("inject(m, ['2'], 'diagonal')", ValueError, "layer '2': pattern: got 'diagonal'"),
     ("inject(m, ['2', '4'], 'top_k')", ValueError, "layer '4': top_k: got a 4 x 6 weight, want d1 = d2"),
     ("inject(m, ['2'], k=3)", ValueError, "layer '2': k: got 3 with pattern 'banded'"),
@@ -1280,7 +1277,8 @@ class TestBadInput:
 
     @pytest.mark.parametrize("call, error, text", BAD, ids=[row[0] for row in BAD])
     def test_a_bad_argument_is_refused_by_name_and_nothing_changes(self, call, error, text, tmp_path, monkeypatch):
-        """The error names the argument, what it got and what it wants; the model is bit-identical afterwards."""
+        """The error names the argument, what it got and what it wants, or is one of torch, numpy or Python that does. The
+        model is bit-identical afterwards."""
         monkeypatch.chdir(tmp_path)
         m = mlp()
         with refused(m, error, re.escape(text)):
