@@ -567,7 +567,7 @@ class TestInject:
         both = ["h.0.c_fc", "h.1.c_fc"]
         for targets, names in [
             (["c_fc"], both),
-            (["1.c_fc", "head"], ["h.1.c_fc", "head"]),
+            (iter(["1.c_fc", "head"]), ["h.1.c_fc", "head"]),
             (r"h\.\d+\.c_fc", both),
             (r".*(c_fc|head)", [*both, "head"]),
         ]:
@@ -743,6 +743,7 @@ class TestDisabledAndSummary:
     def test_inside_disabled_the_model_is_the_base_model(self, keep):
         """Blocks nest: the outer one still holds when the inner one ends, also by an exception."""
         base, x = mlp(), torch.randn(3, 5)
+        base[2] = Conv1D(6, 6)
         model = randomize(svft.inject(copy.deepcopy(base), ["0", "2", "4"], keep_weight=keep))
         out, want, tolerance = model(x), base(x), 0 if keep else 1e-5
         with svft.disabled(model) as outer:
@@ -768,7 +769,9 @@ class TestDisabledAndSummary:
     def test_a_model_of_many_layers_or_without_parameters_has_a_summary(self):
         """0 layers, 0 of 0 parameters: no division by zero. Layers stand in the order of the model."""
         model = svft.inject(nn.Sequential(*(nn.Linear(2, 2) for _ in range(11))), "all-linear", "plain")
-        assert [row.split()[0] for row in svft.summary(model).splitlines()[1:12]] == [str(i) for i in range(11)]
+        head, *rows = svft.summary(model).splitlines()[:12]
+        assert [row.split()[0] for row in rows] == [str(i) for i in range(11)]
+        assert {row.index("auto") for row in rows} == {head.index("path")}  # it stands under its head
         assert svft.summary(nn.Tanh()).endswith("trained: 0 parameters, 0.000% of the base model's 0")
 
 
@@ -849,9 +852,9 @@ def multiply_adds(layer, x):
     return counts
 
 
-def path_taken(layer, tokens):
+def path_taken(layer, tokens, grad=False):
     """The path that `auto` takes: the one of as many multiply-adds."""
-    x = torch.empty(tokens, layer.in_features, dtype=layer.U.dtype, device=layer.U.device, requires_grad=True)
+    x = torch.empty(tokens, layer.in_features, dtype=layer.U.dtype, device=layer.U.device, requires_grad=grad)
     counts = multiply_adds(layer, x)
     (taken,) = [path for path in counts if path != "auto" and counts[path] == counts["auto"]]
     return taken
@@ -918,7 +921,7 @@ class TestCost:
             half = mode == "bf16"  # there fused would round W0
             layer, may_take = on_meta(d1, d2, torch.bfloat16 if half else torch.float32), PATHS[: 2 if half else 3]
             with torch.set_grad_enabled(bool(training)):
-                path = path_taken(layer, T)
+                path = path_taken(layer, T, grad=True)
             ratios += [times[path][clock] / min(times[p][clock] for p in may_take) for clock in (0, 1)]
             assert max(ratios[-2:]) <= 1.25, (mode, d1, d2, T, training, path)
         assert len(cells) == 42 and max(ratios) > 1.05  # some cell was no tie
@@ -1058,6 +1061,7 @@ UNFIT = [  # a change of the base model m that the adapter was trained on; what 
     ("m.append(SVFTLinear(nn.Linear(4, 3)))", "'5'"),
     ("del m[4]", "'4'"),
     ("m[2] = nn.Embedding(6, 6)", "layer '2': base: got"),
+    ("m.append(nn.Linear(6, 6)); m[5].weight = m[2].weight", "layer '2': "),  # tied
     ("m[4] = nn.Linear(6, 5)", "layer '4': d1, d2, rank, k: got"),
     ("svft.inject(m, ['4'], 'banded', 1, rank=3)", "layer '4': d1, d2, rank, k: got"),
     ("svft.inject(m, ['4'], 'plain')", "layer '4': d1, d2, rank, k: got"),
@@ -1221,11 +1225,6 @@ class TestAdapterFile:
 # ---------------------------------------------------------------- bad input: one message for each kind
 
 
-def last_negative(svd):  # the smallest singular value, and its u_i, so that the product stays
-    signs = torch.tensor([1.0] * (len(svd.S) - 1) + [-1.0])
-    return SVD(svd.U * signs, svd.S * signs, svd.Vh)
-
-
 BAD = [  # a call, with a small model as m; the error; what its text says
     ("compute_svd([[1.0]])", TypeError, "weight: got [[1.0]], want a dense matrix"),
     ("compute_svd(torch.ones(2, 2, dtype=torch.int64))", TypeError, "weight: got Tensor (2, 2) of torch.int64"),
@@ -1241,6 +1240,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("omega_top_k(torch.eye(2), torch.eye(2), 0)", ValueError, "k: got 0, want 1 to 4"),
     ("rank_bound(torch.tensor([[0], [5]]), (9, 5))", ValueError, "omega: got [0, 5] to [0, 5], want 0 <= i < 9, 0 <="),
     ("term_rank([[0], [0]])", TypeError, "omega: got [[0], [0]], want an int64 tensor"),
+    ("term_rank(torch.tensor([[0], [-1]]))", ValueError, "omega: got [0, -1] to [0, -1], want 0 <= i"),
     ("term_rank(omega_plain(3, 3).T)", ValueError, "omega: got Tensor (3, 2) of"),
     ("term_rank(omega_plain(3, 3).flip(1))", ValueError, "omega: got unsorted or repeated positions"),
     ("term_rank(omega_plain(3, 3)[:, [0, 0, 1]])", ValueError, "omega: got unsorted or repeated positions"),
@@ -1253,13 +1253,14 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], path='gather', keep_weight=False)", ValueError, "layer '2': path: got 'gather'"),
     ("inject(m, ['2'], path='fused', rank=2)", ValueError, "layer '2': path: got 'fused', want one of ['auto', 'ga"),
     ("inject(m, ['2'], keep_weight=False, rank=2)", ValueError, "layer '2': path: got 'auto', want one of []"),
+    ("inject(m, ['2'], svd=compute_svd(m[2].weight), cache_dir='svd')", ValueError, "layer '2': svd: got it with"),
     ("inject(m, ['2'], svd=compute_svd(m[2].weight), rank=2)", ValueError, "layer '2': svd: got it with rank="),
     ("inject(m, ['2'], svd=(*compute_svd(m[2].weight),))", TypeError, "layer '2': svd: got tuple, want an SVD(U, S, V"),
     ("inject(m, ['2'], svd=compute_svd(torch.randn(6, 6)), keep_weight=False)", ValueError, "in W0 V = U Sigma"),
     ("SVFTLinear(mlp().half()[2], svd=SVD(*(1.0005 * t for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
     ("inject(m, ['4'], svd=compute_svd(m[4].weight * (torch.arange(6) < 5)))", ValueError, "in W0^T U = V Sigma"),
     ("inject(m, ['2'], svd=SVD(m[2].weight, torch.ones(6), torch.eye(6)))", ValueError, "in U^T U = I"),
-    ("inject(m, ['2'], svd=last_negative(compute_svd(m[2].weight)))", ValueError, "in Sigma sorted, >= 0"),
+    ("inject(m, ['2'], svd=SVD(torch.eye(6), -torch.ones(6), torch.eye(6)))", ValueError, "in Sigma sorted, >= 0"),
     ("inject(m, [])", ValueError, "target_modules: got []"),
     ("inject(m, ['7'])", ValueError, "target_modules: got ['7'], which matches no layer"),
     ("inject(m, ['1'])", TypeError, "layer '1': base: got <class 'torch.nn.modules.activation.Tanh'>"),
