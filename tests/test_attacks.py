@@ -189,12 +189,13 @@ class TestAdapterFiles:
 
 
 class TestThePlaceOfAFile:
-    def test_a_default_device_changes_nothing_in_the_file(self, saved):
-        """Where torch.set_default_device is another than the model's."""
-        _, model, path = saved
-        was = path.read_bytes()
+    def test_a_default_device_changes_nothing(self, saved):
+        """Where torch.set_default_device is another than the model's: saving, loading, running."""
+        base, model, path = saved
+        was, x = path.read_bytes(), torch.ones(2, 5)
         with torch.device("meta"):
             svft.save_adapter(model, path)
+            assert torch.equal(svft.load_adapter(base, path)(x), model(x))
         assert path.read_bytes() == was
 
     def test_saving_through_a_link_keeps_the_link(self, saved, tmp_path):
@@ -401,7 +402,6 @@ ODD_INPUT = [  # a call, with the small model as m; the error; what its text nam
     ("inject(m, ['2'], svd=SVD(*(t.bfloat16() for t in compute_svd(m[2].weight))))", ValueError, "svd: got"),
     ("inject(m, ['2'], svd=SVD(torch.eye(6) * torch.nan, torch.ones(6), torch.eye(6)))", ValueError, "svd: got"),
     ("inject(m[2], '.*')", ValueError, "model itself"),
-    ("inject(m, '.*')", ValueError, "layer '': "),
 ]
 
 
