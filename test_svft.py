@@ -651,6 +651,7 @@ class TestInject:
         assert layer.weight.data_ptr() == base.weight.data_ptr() and layer.bias.data_ptr() == base.bias.data_ptr()
         assert not layer.training and SVFTLinear(base, keep_weight=False).weight is None
         assert all(t.is_contiguous() for t in (*layer.parameters(), *layer.buffers()))
+        assert layer.bias.dtype == layer.merge().bias.dtype == torch.float32
         assert_untouched(base, before)
 
 
@@ -1195,7 +1196,7 @@ class TestAdapterFile:
             svft.load_adapter(target, path)
         target.load_state_dict(model.state_dict())
         near(target[0].merged_weight(), model[0].merged_weight(), 1e-6)
-        base[0].weight.data.copy_(torch.outer(torch.arange(1.0, 7), torch.ones(6)) + torch.eye(6)[:1])  # of rank 2
+        base[0].weight.data.copy_(torch.outer(torch.arange(1.0, 7), torch.ones(6)) + torch.diag(torch.arange(3.0, -3, -1).relu()))
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             with pytest.warns(UserWarning, match="singular values"):
                 svft.save_adapter(randomize(svft.inject(copy.deepcopy(base).to(dtype), ["0"])), path)

@@ -72,18 +72,18 @@ class TestCacheFiles:
 
     @pytest.mark.filterwarnings("ignore:.*still zero")
     def test_long_work_says_about_every_ten_seconds_how_long_the_rest_takes(self, tmp_path, caplog, monkeypatch):
-        """At WARNING, so that it is seen. 23 layers of 6 s are a line for every two; less than ten seconds say nothing.
-        Both where layers are injected and where they are loaded."""
+        """At WARNING, so that it is seen. 24 layers of 6 s are a line for every two but the last; less than ten seconds
+        say nothing. Both where layers are injected and where they are loaded."""
         now, real = [0.0], torch.linalg.svd
         monkeypatch.setattr(svft.time, "monotonic", lambda: now[0])
         monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: now.append(now.pop() + 6) or real(*a, **k))
         svft.inject(nn.Sequential(nn.Linear(2, 2)), ["0"])
         assert not caplog.records
-        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(23)))
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(24)))
         svft.save_adapter(svft.inject(copy.deepcopy(model), "all-linear"), tmp_path / "a.npz")
         svft.load_adapter(model, tmp_path / "a.npz")
         said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-        assert said[:11] == said[11:] and "2 of 23" in said[0] and "126 s" in said[0] and "22 of 23" in said[-1]
+        assert said[:11] == said[11:] and "2 of 24" in said[0] and "132 s" in said[0] and "22 of 24" in said[-1]
 
 
 # ---------------------------------------------------------------- forged and damaged adapter files
