@@ -786,7 +786,7 @@ class TestDtypesAndAutocast:
         The output is half, m and its gradient are float32. fused rounds W0 (D14), and is allowed when asked for."""
         amp, dtype = kind == "autocast", torch.float16 if kind == "float16" else torch.bfloat16
         base, x = plain_layer(48, 40, dtype=torch.float32 if amp else dtype), torch.randn(3, 40).to(dtype)
-        layer = randomize(SVFTLinear(base, path=path, keep_weight=keep))
+        layer = randomize(SVFTLinear(base, path=path, keep_weight=keep, svd=compute_svd(base.weight.detach().double())))
         delta, b = delta_by_double_loop(layer), base.bias.detach().double().numpy()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             h = layer(x)
@@ -992,7 +992,7 @@ class TestCacheOfSVDs:
         W, folder = plain_layer(6, 4, dtype=torch.float32).weight.detach(), tmp_path / "made" / "on demand"
         nudged = W.clone()
         nudged[0, 0] = torch.nextafter(nudged[0, 0], torch.tensor(9.0))
-        weights = (W, nudged, W.T, W.reshape(3, 8), W.half(), W.half().view(torch.bfloat16), W.double())
+        weights = (W, nudged, W.T, W.reshape(3, 8), W.half(), W.half().view(torch.bfloat16), W.double(), 0 * W)
         options = ({}, {"rank": 1}, {"rank": 2}, {"full_matrices": True})
         for count, (weight, how) in enumerate(((weight, how) for weight in weights for how in options), 1):
             first, second = (compute_svd(weight, cache_dir=name, **how) for name in (folder, str(folder)))
@@ -1216,10 +1216,10 @@ class TestAdapterFile:
         """NAME/m splits at the last slash: ModuleDict allows any name without a dot. A head that was adapted by name loads
         as well, from a file of any name. What the file does not name is frozen."""
         fresh = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a/b", "score", "rest")})
-        model = randomize(svft.inject(copy.deepcopy(fresh), ["a/b", "score"]))
+        model = randomize(svft.inject(copy.deepcopy(fresh), ["a/b", "score"], "random"))
         svft.save_adapter(model, tmp_path / "adapter.v1")
-        loaded = svft.load_adapter(fresh, tmp_path / "adapter.v1")
-        assert all(torch.equal(loaded[name].m, model[name].m) for name in adapted(model))
+        loaded = svft.load_adapter(svft.inject(fresh, ["a/b"]), tmp_path / "adapter.v1")  # one is adapted already
+        assert all(torch.equal(loaded[n].m, model[n].m) and str(loaded[n]) == str(model[n]) for n in adapted(model))
         assert [name for name, p in loaded.named_parameters() if p.requires_grad] == ["a/b.m", "score.m"]
 
 
