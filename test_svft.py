@@ -440,8 +440,7 @@ class TestTheLayer_Eq_1_and_2:
     @pytest.mark.parametrize("path", PATHS)
     def test_an_input_may_have_any_strides(self, path):
         """Attention hands over transposed views: h is that of a contiguous copy."""
-        layer, x = SVFTLinear(plain_layer(6, 4), path=path), torch.randn(4, 3, 2, dtype=torch.float64).permute(2, 1, 0)
-        layer.m.data += 1
+        layer, x = randomize(SVFTLinear(plain_layer(6, 4), path=path)), torch.randn(4, 3, 2).double().permute(2, 1, 0)
         near(layer(x), layer(x.contiguous()), 1e-12)
 
     def test_an_empty_batch_works_with_any_number_of_threads(self):
@@ -628,7 +627,7 @@ class TestInject:
         wrapper = nn.ModuleDict({"module": model})  # as DDP is one
         wrapper.register_parameter("m", nn.Parameter(torch.ones(1)))
         assert svft.inject(wrapper, ["0", "2"]) is wrapper and "banded d=2" in str(model[0])  # the default
-        model[2].m.requires_grad_(False)  # who freezes an m himself finds it so
+        model[2].m.requires_grad_(False)  # what the user has frozen stays frozen
         svft.inject(model, ["4"], "random", 1)
         assert [n for n, p in wrapper.named_parameters() if p.requires_grad] == ["module.0.m", "module.4.m"]
         model[2].requires_grad_(True)
@@ -1031,7 +1030,7 @@ class TestCacheOfSVDs:
 
     @devices
     def test_cached_factors_are_on_the_device_of_the_weight_and_every_process_finds_them(self, tmp_path, device):
-        """Whether computed or read from the file. The name of a file follows from the weight's bytes alone."""
+        """Whether computed or read from the file. Its name follows from the weight and the options alone."""
         W = torch.arange(24.0, device=device).view(6, 4)
         for _ in "twice":
             assert {t.device for t in compute_svd(W, cache_dir=tmp_path)} == {W.device}
@@ -1251,6 +1250,7 @@ BAD = [  # a call, with a small model as m; the error; what its text says
     ("inject(m, ['2'], 'diagonal')", ValueError, "layer '2': pattern: got 'diagonal'"),
     ("inject(m, ['2', '4'], 'top_k')", ValueError, "layer '4': top_k: got a 4 x 6 weight, want d1 = d2"),
     ("inject(m, ['2'], k=3)", ValueError, "layer '2': k: got 3 with pattern 'banded'"),
+    ("inject(m, ['2'], path='sparse')", ValueError, "layer '2': path: got 'sparse'"),
     ("inject(m, ['2'], path='gather', keep_weight=False)", ValueError, "layer '2': path: got 'gather'"),
     ("inject(m, ['2'], path='fused', rank=2)", ValueError, "layer '2': path: got 'fused', want one of ['auto', 'ga"),
     ("inject(m, ['2'], keep_weight=False, rank=2)", ValueError, "layer '2': path: got 'auto', want one of []"),
